@@ -166,7 +166,7 @@ def test_the_printed_commands_work_on_separate_machines() -> None:
         "rlbroker worker --run demo-1 --env Acrobot-v1 --seed 5 --worker-id 2"
     )
     assert " ".join(commands["learner"]) == (
-        "rlbroker learner --run demo-1 --env Acrobot-v1 --seed 5 --workers 3 --max-seconds 60.0 --output demo.png"
+        "rlbroker learner --run demo-1 --env Acrobot-v1 --seed 5 --workers 3 --minutes 1 --output demo.png"
     )
 
 

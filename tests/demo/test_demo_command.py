@@ -111,7 +111,7 @@ def test_the_demo_solves_cartpole_although_a_worker_is_killed(shell: Shell) -> N
 
 
 def test_a_learner_reports_that_it_did_not_solve_in_time(shell: Shell, real_server: RealServer) -> None:
-    learner = shell.start("learner", "--max-seconds", "3", RLBROKER_REDIS_URL=real_server.url)
+    learner = shell.start("learner", "--minutes", "0.05", RLBROKER_REDIS_URL=real_server.url)
     output = learner.communicate(timeout=60)[0]
     assert learner.returncode == 1, output
     assert "CartPole-v1 is not solved after" in output
@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(shell: Shell, when: str) -> None:
 
 
 def test_a_kept_server_can_be_inspected(shell: Shell) -> None:
-    demo = shell.start("demo", "--env", "MountainCar-v0", "--max-seconds", "6", "--keep-server")
+    demo = shell.start("demo", "--env", "MountainCar-v0", "--minutes", "0.1", "--keep-server")
     output = read_until(demo.stdout, "The server keeps running")
     url = re.search(r"export RLBROKER_REDIS_URL='?(unix://rlbroker:[^*'\n]+)", output)
     assert url is not None

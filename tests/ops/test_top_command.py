@@ -37,7 +37,8 @@ SHELL = ("bash", "-c", 'set -m; "$0" "$@"; echo "stopped with $?"; read -r; fg >
 
 def open_top(planted: Planted, *arguments: str, shell: tuple[str, ...] = ()) -> Screen:
     command = [*shell, RLBROKER, "top", "--run", planted.run, *arguments]
-    return Screen(command, columns=110, rows=30, RLBROKER_REDIS_URL=planted.url)
+    # As Python's readline sets it.
+    return Screen(command, columns=110, rows=30, RLBROKER_REDIS_URL=planted.url, LINES="24")
 
 
 def rows_of(screen: Screen) -> dict[str, list[str]]:
@@ -120,6 +121,14 @@ with Terminal(colors=True) as terminal:
         assert screen.ends() == 1
         assert screen.restored
         assert "ArithmeticError: a bug" in screen.text
+
+
+@pytest.mark.parametrize("kind", ["of-no-such-type", "dumb"])
+def test_a_terminal_on_which_nothing_can_be_drawn_is_refused_with_advice(planted: Planted, kind: str) -> None:
+    command = [RLBROKER, "top", "--run", planted.run]
+    with Screen(command, columns=110, rows=30, RLBROKER_REDIS_URL=planted.url, TERM=kind) as screen:
+        assert screen.ends() == 2
+        assert "use `rlbroker status --watch`" in screen.text
 
 
 def test_while_the_server_is_silent_the_stale_view_stays(planted: Planted, server: RedisServer) -> None:

@@ -65,7 +65,7 @@ def build_commands(settings: DemoSettings, run: str, seconds: float) -> dict[str
     if settings.seed is not None:
         common += ["--seed", str(settings.seed)]
     learner = ["rlbroker", "learner", *common, "--workers", str(settings.workers)]
-    learner += ["--max-seconds", f"{seconds:.1f}"]
+    learner += ["--minutes", f"{seconds / 60:.4g}"]
     if settings.output is not None:
         learner += ["--output", str(settings.output)]
     workers = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +16,8 @@ from rlbroker.ops.cli.shared_options import with_session
 from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
+    from rlbroker.backend.connection import Connection
+    from rlbroker.backend.keys import Keys
     from rlbroker.types import DeadLetter
 
 dead = typer.Typer(
@@ -126,13 +128,7 @@ def retry_dead(
     from rlbroker.ops.inspect.dead_letters import retry
 
     letters, _ = _find_letters(session, worker, ids)
-    with session.time_limit():
-        count = retry(session.connection, session.keys, letters)
-    if session.as_json:
-        session.print_json({"run": session.run, "retried": count, "missing": _missing_ids(ids, letters)})
-    else:
-        session.console.print(f"{counted(count, 'dead letter')} will be delivered once more")
-    _fail_if_missing(session, ids, letters)
+    _apply(session, retry, letters, ids, "retried", "will be delivered once more")
 
 
 @dead.command("purge")
@@ -155,12 +151,24 @@ def purge_dead(
     letters, _ = _find_letters(session, worker, ids)
     if letters and not yes:
         _confirm(session, letters)
+    _apply(session, purge, letters, ids, "purged", "deleted")
+
+
+def _apply(
+    session: Session,
+    action: Callable[[Connection, Keys, Sequence[DeadLetter]], int],
+    letters: Sequence[DeadLetter],
+    ids: list[str] | None,
+    key: str,
+    what: str,
+) -> None:
+    """Retry or purge dead letters, and print how many."""
     with session.time_limit():
-        count = purge(session.connection, session.keys, letters)
+        count = action(session.connection, session.keys, letters)
     if session.as_json:
-        session.print_json({"run": session.run, "purged": count, "missing": _missing_ids(ids, letters)})
+        session.print_json({"run": session.run, key: count, "missing": _missing_ids(ids, letters)})
     else:
-        session.console.print(f"{counted(count, 'dead letter')} deleted")
+        session.console.print(f"{counted(count, 'dead letter')} {what}")
     _fail_if_missing(session, ids, letters)
 
 
@@ -205,16 +213,19 @@ def _id_of(letter: DeadLetter) -> str:
 
 
 def _letter_json(letter: DeadLetter, now: float) -> dict[str, Any]:
+    names = (
+        "incarnation",
+        "sequence",
+        "reason",
+        "detail",
+        "deliveries",
+        "version",
+        "stored_bytes",
+        "died_at",
+    )
     return {
         "id": _id_of(letter),
         "worker": letter.worker_id,
-        "incarnation": letter.incarnation,
-        "sequence": letter.sequence,
-        "reason": letter.reason,
-        "detail": letter.detail,
-        "deliveries": letter.deliveries,
-        "version": letter.version,
-        "stored_bytes": letter.stored_bytes,
-        "died_at": letter.died_at,
+        **{name: getattr(letter, name) for name in names},
         "age_seconds": max(0.0, now - letter.died_at),
     }

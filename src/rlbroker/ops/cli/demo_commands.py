@@ -19,9 +19,6 @@ Hidden = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Random seed of the run; by default random.")]
 Minutes = Annotated[float, typer.Option(min=0.0, help="Time limit for the whole command.")]
-MaxSeconds = Annotated[
-    float | None, typer.Option(min=0.0, help="Time limit in seconds; overrides --minutes.")
-]
 
 
 def demo(
@@ -29,7 +26,6 @@ def demo(
     env: Env = "CartPole-v1",
     seed: Seed = None,
     minutes: Minutes = 3.0,
-    max_seconds: MaxSeconds = None,
     output: Annotated[Path, typer.Option(help="Picture of the training run.")] = Path("demo.png"),
     keep_server: Annotated[
         bool, typer.Option("--keep-server", help="Keep the server running after training, until Ctrl-C.")
@@ -58,7 +54,7 @@ def demo(
         workers=workers,
         env_id=env,
         seed=seed,
-        seconds=minutes * 60.0 if max_seconds is None else max_seconds,
+        seconds=minutes * 60.0,
         output=output,
         keep_server=keep_server,
         url=url,
@@ -77,7 +73,6 @@ def learner(
     hidden: Hidden = 64,
     seed: Seed = None,
     minutes: Minutes = 3.0,
-    max_seconds: MaxSeconds = None,
     target: Annotated[
         float | None,
         typer.Option(
@@ -121,7 +116,7 @@ def learner(
         env_id=env,
         workers=workers,
         seed=seed,
-        seconds=minutes * 60.0 if max_seconds is None else max_seconds,
+        seconds=minutes * 60.0,
         target=target,
         output=output,
         checkpoint=checkpoint,

@@ -135,18 +135,14 @@ def contents_json(contents: Sequence[Content]) -> list[dict[str, Any]]:
 
 
 def _batch_json(batch: QueuedBatch) -> dict[str, Any]:
+    names = ("version", "staleness", "rows", "raw_bytes", "stored_bytes", "age_seconds")
     return {
         "id": f"{batch.worker_id}/{batch.batch_id}",
         "retried": batch.retried,
         "in_hand": bool(batch.held_by),
         "held_by": batch.held_by or None,
         "deliveries": batch.deliveries,
-        "version": batch.version,
-        "staleness": batch.staleness,
-        "rows": batch.rows,
-        "raw_bytes": batch.raw_bytes,
-        "stored_bytes": batch.stored_bytes,
-        "age_seconds": batch.age_seconds,
+        **{name: getattr(batch, name) for name in names},
         "problem": batch.problem or None,
         "contents": contents_json(batch.contents),
     }

@@ -130,15 +130,10 @@ def _delete(
 
 
 def _run_json(verdict: RunVerdict, result: PruneResult | None) -> dict[str, object]:
+    names = ("run", "state", "silent_seconds", "version", "dead", "why", "stored_bytes")
     return {
-        "run": verdict.run,
-        "state": verdict.state,
-        "silent_seconds": verdict.silent_seconds,
-        "version": verdict.version,
-        "dead": verdict.dead,
-        "why": verdict.why,
+        **{name: getattr(verdict, name) for name in names},
         "keys": len(verdict.names),
-        "stored_bytes": verdict.stored_bytes,
         "deleted_keys": result.keys if result else 0,
         "kept": result.kept if result else "",
     }

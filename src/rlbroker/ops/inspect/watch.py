@@ -121,30 +121,15 @@ SERIES: Final[Mapping[str, Callable[[Interval], float | None]]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Totals:
-    """Growing totals of one snapshot, whose differences are the rates of workers.
-
-    Attributes:
-        at: the time of the snapshot.
-        produced: batches by worker id.
-        room_seconds: by worker id, its incarnation and the time that this incarnation waited for room.
-    """
-
-    at: float
-    produced: Mapping[int, int]
-    room_seconds: Mapping[int, tuple[int, float]]
-
-
 class RunWatch:
-    """Reads views of one run, and keeps the samples and totals that rates are computed from."""
+    """Reads views of one run, and keeps the samples and snapshots that rates are computed from."""
 
     def __init__(self, connection: Connection, run: str) -> None:
         """Prepare; nothing is read yet."""
         self._connection, self._keys = connection, Keys(run)
         self._reader = SnapshotReader(connection, run)
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
-        self._totals: deque[_Totals] = deque()
+        self._snapshots: deque[Snapshot] = deque()
 
     def read(self) -> RunView:
         """Read a view of the run. The first view has no rates of workers.
@@ -154,7 +139,7 @@ class RunWatch:
         """
         snapshot = self._reader.read()
         self._read_history()
-        self._add_totals(snapshot)
+        self._add_snapshot(snapshot)
         findings = list_findings(snapshot)
         troubled = {finding.worker for finding in findings}
         spans = intervals(self._samples)
@@ -174,19 +159,15 @@ class RunWatch:
         since = self._samples[-1].at + 0.5 if self._samples else 0.0
         self._samples.extend(read_history(self._connection, self._keys, since=since, count=SAMPLES + 1))
 
-    def _add_totals(self, snapshot: Snapshot) -> None:
-        totals = _Totals(
-            snapshot.at,
-            {worker: status.counts.produced for worker, status in snapshot.workers.items() if status.counts},
-            {info.worker_id: (info.incarnation, info.room_seconds) for info in snapshot.members},
-        )
+    def _add_snapshot(self, snapshot: Snapshot) -> None:
+        snapshots = self._snapshots
         if (
-            self._totals and totals.at <= self._totals[-1].at
+            snapshots and snapshot.at <= snapshots[-1].at
         ):  # after a failover: the new server has another clock
-            self._totals.clear()
-        self._totals.append(totals)
-        while len(self._totals) > 2 and totals.at - self._totals[1].at >= RATE_SECONDS:
-            self._totals.popleft()
+            snapshots.clear()
+        snapshots.append(snapshot)
+        while len(snapshots) > 2 and snapshot.at - snapshots[1].at >= RATE_SECONDS:
+            snapshots.popleft()
 
     def _make_line(self, worker: int, status: WorkerStatus, *, troubled: bool) -> WorkerLine:
         info = status.info
@@ -209,15 +190,21 @@ class RunWatch:
         )
 
     def _batches_per_second(self, worker: int) -> float | None:
-        first, last = self._totals[0], self._totals[-1]
-        if last.at <= first.at or worker not in last.produced:
+        first, last, seconds = self._ends(worker)
+        if not seconds or not last or not last.counts:
             return None
-        return max(0, last.produced[worker] - first.produced.get(worker, 0)) / (last.at - first.at)
+        before = first.counts.produced if first and first.counts else 0
+        return max(0, last.counts.produced - before) / seconds
 
     def _room_share(self, worker: int) -> float | None:
-        first, last = self._totals[0], self._totals[-1]
-        incarnation, seconds = last.room_seconds.get(worker, (0, 0.0))
-        first_incarnation, first_seconds = first.room_seconds.get(worker, (-1, 0.0))
-        if last.at <= first.at or incarnation != first_incarnation:
+        first, last, seconds = self._ends(worker)
+        if not seconds or not first or not first.info or not last or not last.info:
             return None
-        return min(1.0, max(0.0, seconds - first_seconds) / (last.at - first.at))
+        if first.info.incarnation != last.info.incarnation:
+            return None
+        return min(1.0, max(0.0, last.info.room_seconds - first.info.room_seconds) / seconds)
+
+    def _ends(self, worker: int) -> tuple[WorkerStatus | None, WorkerStatus | None, float]:
+        """Return a worker in the first and in the last snapshot, and the seconds between these."""
+        first, last = self._snapshots[0], self._snapshots[-1]
+        return first.workers.get(worker), last.workers.get(worker), last.at - first.at

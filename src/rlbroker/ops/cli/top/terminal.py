@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import curses
 import locale
+import os
 import select
 import signal
 import sys
@@ -17,7 +18,7 @@ from rlbroker.errors import UsageError
 from rlbroker.ops.cli.styled_text import Piece
 
 #: The longest wait before looking for a resized terminal or a new view.
-_POLL_SECONDS: Final = 0.1
+_POLL_SECONDS: Final = 0.05
 
 #: How long to wait for the rest of a key's escape sequence, which a slow connection may split.
 _REST_MILLISECONDS: Final = 50
@@ -56,15 +57,23 @@ class Terminal:
         """Take over the terminal, until the block ends.
 
         Raises:
-            UsageError: curses does not know this type of terminal.
+            UsageError: curses does not know this type of terminal, or it is not able to move the cursor.
         """
         locale.setlocale(locale.LC_ALL, "")
+        for name in (
+            "LINES",
+            "COLUMNS",
+        ):  # with these, which readline sets too, curses would never see a new size
+            os.environ.pop(name, None)
         try:
             curses.setupterm()
-        except curses.error as error:
+            known = curses.tigetstr("cup")  # moves the cursor
+        except curses.error:
+            known = None
+        if not known:
             raise UsageError(
-                f"cannot draw on this terminal: {error}; set TERM=xterm, or use `rlbroker status --watch`"
-            ) from None
+                "curses cannot draw on a terminal of this type; set TERM=xterm, or use `rlbroker status --watch`"
+            )
         for number in _END_SIGNALS:
             self._handlers[number] = signal.signal(number, _exit)
         self._screen = curses.initscr()

@@ -6,7 +6,9 @@ import json
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Self
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -111,88 +113,61 @@ def _show_live(session: Session, watch: RunWatch, state: ViewState) -> None:
     from rlbroker.ops.cli.top.view import DrawOptions, clamp_scroll, draw_screen
 
     # Read once before taking over the screen, so that an error is printed as usual.
-    view = _read_run(session, watch)
-    with (
-        Terminal(colors=session.console.colors) as terminal,
-        _Refresher(session, watch, view, state.interval) as refresher,
-    ):
+    refresher = _Refresher(session, watch, _read_run(session, watch))
+    with Terminal(colors=session.console.colors) as terminal:
         while not state.quit:
             view, outage = refresher.latest()
             columns, rows = terminal.size
             state = clamp_scroll(state, view, columns, rows)
             options = DrawOptions(complete_hint=session.complete_hint, outage=outage)
             terminal.draw(draw_screen(view, state, columns, rows, options))
-            if key := terminal.read_key(REDRAW_SECONDS, lambda: refresher.is_new):
+            if key := terminal.read_key(REDRAW_SECONDS, partial(refresher.has_news, state)):
                 state = press_key(state, key)
-                refresher.set_interval(state.interval, paused=state.paused)
+    refresher.close()
 
 
 class _Refresher:
-    """Reads the run in a thread, so that keys work even while the server does not answer."""
+    """Reads the run in threads, so that keys work even while the server does not answer."""
 
-    def __init__(self, session: Session, watch: RunWatch, view: RunView, interval: float) -> None:
-        self.is_new = False  #: whether something was read since the last call of `latest`
-        self._session, self._watch, self._interval = session, watch, interval
-        self._view, self._error, self._read_at = view, "", time.monotonic()
-        self._paused = self._stopped = False
-        self._bug: Exception | None = None
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="rlbroker-top", daemon=True)
+    def __init__(self, session: Session, watch: RunWatch, view: RunView) -> None:
+        self._session, self._watch = session, watch
+        self._view, self._error = view, ""
+        self._began = self._read_at = time.monotonic()
+        self._thread: threading.Thread | None = None  #: the thread that reads, until its outcome is taken
+        self._outcomes: SimpleQueue[RunView | Exception] = SimpleQueue()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        self._thread.join(STOP_SECONDS)
+    def has_news(self, state: ViewState) -> bool:
+        """Begin to read the run if that is due; return whether a read has ended."""
+        due = not state.paused and time.monotonic() - self._began >= state.interval
+        if self._thread is None and due:
+            self._began = time.monotonic()
+            self._thread = threading.Thread(target=self._read, name="rlbroker-top", daemon=True)
+            self._thread.start()
+        return not self._outcomes.empty()
 
     def latest(self) -> tuple[RunView, Outage | None]:
         """Return the latest view, and the reason if it is stale."""
         from rlbroker.ops.cli.top.view import Outage
 
-        self.is_new = False
-        with self._changed:
-            if self._bug is not None:
-                raise self._bug
-            seconds = time.monotonic() - self._read_at
-            silent = not self._paused and seconds > self._interval + SILENT_SECONDS
-            reason = self._error or (f"{self._session.connection.address} is silent" if silent else "")
-            return self._view, Outage(seconds, reason) if reason else None
-
-    def set_interval(self, interval: float, *, paused: bool) -> None:
-        """Read the run at this interval, or not at all while paused."""
-        with self._changed:
-            if (interval, paused) != (self._interval, self._paused):
-                self._interval, self._paused = interval, paused
-                self._read_at = time.monotonic() if not self._error else self._read_at
-                self._changed.notify()
-
-    def _work(self) -> None:
-        began = time.monotonic()
-        while self._wait_until_due(began):
-            began = time.monotonic()
-            try:
-                view = _read_run(self._session, self._watch)
-            except RlbrokerError as error:
-                with self._changed:
-                    self._error = str(error)
-            except Exception as error:  # noqa: BLE001 - a bug in rlbroker: the main thread raises it
-                with self._changed:
-                    self._bug = error
+        if not self._outcomes.empty():
+            outcome, self._thread = self._outcomes.get(), None
+            if isinstance(outcome, RlbrokerError):
+                self._error = str(outcome)
+            elif isinstance(outcome, Exception):  # a bug in rlbroker
+                raise outcome
             else:
-                with self._changed:
-                    self._view, self._error, self._read_at = view, "", time.monotonic()
-            self.is_new = True
+                self._view, self._error, self._read_at = outcome, "", time.monotonic()
+        silent = self._thread is not None and time.monotonic() - self._began > SILENT_SECONDS
+        reason = self._error or (f"{self._session.connection.address} is silent" if silent else "")
+        return self._view, Outage(time.monotonic() - self._read_at, reason) if reason else None
 
-    def _wait_until_due(self, began: float) -> bool:
-        """Wait until the next read is due; return False if the command ends."""
-        with self._changed:
-            while not self._stopped and self._bug is None:
-                left = began + self._interval - time.monotonic()
-                if left <= 0 and not self._paused:
-                    return True
-                self._changed.wait(None if self._paused else left)
-            return False
+    def close(self) -> None:
+        """Wait a little for a read that is in progress."""
+        if self._thread:
+            self._thread.join(STOP_SECONDS)
+
+    def _read(self) -> None:
+        try:
+            self._outcomes.put(_read_run(self._session, self._watch))
+        except Exception as error:  # noqa: BLE001 - the main thread shows or raises it
+            self._outcomes.put(error)
