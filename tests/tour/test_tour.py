@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import wait_until
 
-from rlbroker import Command, Fenced, QueueFull, RoundIncomplete, WorkerClient, WorkerCommunicator
+from rlbroker import Command, Fenced, Outcome, QueueFull, RoundIncomplete, WorkerClient, WorkerCommunicator
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -202,6 +202,21 @@ def test_13_a_round_is_one_batch_of_one_version_from_each_worker(learner: Learne
 
     second.send_experiences({"from": 1})
     assert [worker_id for worker_id, _ in comm.collect_round()] == [0, 1]
+
+
+def test_14_the_end_of_a_run_reaches_workers_that_join_later(learner: Learner, worker: Worker) -> None:
+    """`stop_workers`, `cleanup` and leaving the `with` block end the run. A new learner opens it again."""
+    comm, present = learner(), worker()
+
+    assert comm.stop_workers(timeout=0) == {0: Outcome("waiting")}
+    present.poll()
+
+    assert not present.running
+    assert comm.stop_workers() == {0: Outcome("done")}
+    assert not worker().running
+
+    learner()
+    assert worker().running
 
 
 def _is_waiting(command: Command, client: WorkerClient) -> bool:
