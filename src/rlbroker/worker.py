@@ -518,7 +518,9 @@ class WorkerClient:
             with within(deadline):
                 self._obey_commands(deadline)
         except PeerError as error:
-            logger.debug("worker %d leaves with commands that it has not obeyed: %s", self.worker_id, error)
+            logger.debug(
+                "worker %d leaves with commands that it has not obeyed: %s", self.worker_id, str(error)
+            )
 
     def _wait_and_load(
         self, model: Model, deadline: Deadline, *, newer_than: int | None, latest: int = 0

@@ -272,7 +272,7 @@ def test_weights_that_are_sent_without_waiting_may_change_at_once(
 def test_cleanup_waits_for_the_last_publication(learner: Learner, worker: Worker) -> None:
     comm, weights = learner(), some_weights()
     receipts = [comm.send_model_weights(weights, wait=False) for _ in range(3)]
-    comm.cleanup()
+    comm.cleanup(stop_workers=False)
     assert [receipt.version for receipt in receipts] == [1, 2, 3]
     received: dict[str, torch.Tensor] = {}
     worker().load_weights(received)

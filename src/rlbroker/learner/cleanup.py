@@ -72,7 +72,9 @@ class Cleanup:
                 "cleanup of the run %r: a newer learner leads it, so no worker is stopped", self._keys.run
             )
         except PeerError as error:
-            logger.warning("cleanup of the run %r: its workers may not be stopped: %s", self._keys.run, error)
+            logger.warning(
+                "cleanup of the run %r: its workers may not be stopped: %s", self._keys.run, str(error)
+            )
 
     def leave(self, deadline: Deadline, dropped: bool) -> None:
         """Settle acknowledgements, and report what is left. Log what fails."""

@@ -127,7 +127,7 @@ class JoinedRun:
                 self._key.check(signature, END, self._keys.run, epoch)
         except NotSigned as error:
             if ended != self._refused_end:
-                logger.warning("this worker refuses the end of the run %r: %s", self._keys.run, error)
+                logger.warning("this worker refuses the end of the run %r: %s", self._keys.run, str(error))
             self._refused_end = ended
             return False
         return True
