@@ -53,7 +53,7 @@ from rlbroker.types import (
 if TYPE_CHECKING:
     from rlbroker.control.commands import Command
     from rlbroker.learner.communicator import WorkerCommunicator
-    from rlbroker.worker import WorkerClient
+    from rlbroker.worker.client import WorkerClient
 
     __version__: str
 
@@ -106,7 +106,7 @@ register_batch()
 #: Imported at first use: they need numpy and blosc2, which would slow down commands that only inspect a run.
 _LAZY = {
     "Command": "control.commands",
-    "WorkerClient": "worker",
+    "WorkerClient": "worker.client",
     "WorkerCommunicator": "learner.communicator",
 }
 

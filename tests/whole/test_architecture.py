@@ -29,7 +29,6 @@ LAYERS = (
     {"backend"},
     {"metrics", "membership"},
     {"weights", "experience", "control"},
-    {"worker_parts"},
     {"learner", "worker"},
     {"__init__"},
     {"local"},

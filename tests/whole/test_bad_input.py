@@ -197,7 +197,7 @@ def test_a_worker_with_another_wire_format_does_not_fence_the_worker_of_its_id(
 ) -> None:
     comm, client = learner(), worker(worker_id=0)
     with monkeypatch.context() as patch:
-        patch.setattr("rlbroker.worker_parts.FORMAT_VERSION", 99)
+        patch.setattr("rlbroker.worker.parts.FORMAT_VERSION", 99)
         for worker_id in (0, None):
             with pytest.raises(errors.IncompatibleFormat):
                 worker(worker_id)

@@ -17,7 +17,7 @@ from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.retries import retry_during_outage
 from rlbroker.demo.rollout import Rollout, make_envs
 from rlbroker.errors import QueueFull, RunLost, Unconfirmed
-from rlbroker.worker import WorkerClient
+from rlbroker.worker.client import WorkerClient
 
 STEPS_PER_BATCH = 64
 #: The distance between the seeds of two workers. It must exceed the number of environments of a worker.

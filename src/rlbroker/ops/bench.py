@@ -26,7 +26,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.suitability import name_and_version
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RlbrokerError
 from rlbroker.learner.communicator import WorkerCommunicator
-from rlbroker.worker import WorkerClient
+from rlbroker.worker.client import WorkerClient
 
 #: Size of the values that measure transfer rates: values of 1 to 4 MB move fastest.
 CHUNK_BYTES: Final = 1 << 20

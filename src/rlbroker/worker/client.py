@@ -37,7 +37,7 @@ from rlbroker.types import Model, SendReceipt
 from rlbroker.weights.applier import CHECK_SECONDS, LoadTarget
 from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.loading import check_target
-from rlbroker.worker_parts import WorkerParts
+from rlbroker.worker.parts import WorkerParts
 
 logger = logging.getLogger("rlbroker")
 
