@@ -269,6 +269,20 @@ def test_batches_of_a_lost_reply_are_delivered(
     assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [2, 3]
 
 
+def test_batches_of_a_lost_reply_are_delivered_in_order_although_the_server_lost_others(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    """After a failover the learner holds entries that are no longer pending on the server."""
+    comm, client = learner(acknowledge="manual"), worker()
+    client.send_experiences({"number": 1})
+    comm.collect_experiences(timeout=5.0)
+    server.client.xack(keys.experiences(0), GROUP, f"{client.incarnation}-1")
+    client.send_experiences({"number": 2})
+    server.client.xreadgroup(GROUP, "learner", {keys.experiences(0): ">"})  # its reply is lost
+    client.send_experiences({"number": 3})
+    assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [2, 3]
+
+
 def test_a_replaced_learner_cannot_acknowledge(learner: Learner, worker: Worker) -> None:
     old, client = learner(), worker()
     client.send_experiences({"number": 1})

@@ -13,7 +13,6 @@ from rlbroker.backend.error_mapping import SlotMigrating, script_is_unknown
 from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import (
     StreamEntries,
-    consumer_pending,
     entry_place,
     first_error,
     pending_rows,
@@ -238,16 +237,22 @@ class EntryReader:
     def _missed_entries(
         self, position: ReadPosition, entries: list[tuple[str, dict[bytes, bytes] | None]]
     ) -> bool:
-        """Return whether the server delivered entries to this learner that never arrived.
+        """Return whether the server delivered earlier entries to this learner that never arrived.
 
-        A client that itself repeats a read after a lost reply skips the entries of that reply, which leaves a gap.
+        That happens if a read that was given up is answered after all, once the server has more to return.
         """
-        incarnation, sequence = position.newest_read
-        if entry_place(entries[0][0]) == (incarnation, sequence + 1):
+        (incarnation, sequence), first = position.newest_read, entries[0][0]
+        if entry_place(first) == (incarnation, sequence + 1):
             return False
-        reply = self._connection.execute("XPENDING", position.stream.key, GROUP)
-        pending = consumer_pending(reply, self._pending.consumers)
-        return pending > len(self._pending.of_stream(position.stream)) + len(entries)
+        after = f"({incarnation}-{sequence}" if incarnation else "-"
+        skipped = self._connection.execute_all(
+            [
+                ("XPENDING", position.stream.key, GROUP, after, f"({first}", 1, name)
+                for name in self._pending.consumers
+            ],
+            strict=True,
+        )
+        return any(map(pending_rows, skipped))
 
     def _is_shared(self, stream: Stream) -> bool:
         """Return whether other learners have read this stream too."""
