@@ -453,7 +453,11 @@ class Collector:
         with within(Deadline(REASONS_SECONDS)):
             roster, everyone = self._roster.workers(), self._roster.ids()
         return progress.incomplete(
-            deadline.seconds, roster=roster, everyone=everyone, unreachable=unreachable
+            deadline.seconds,
+            roster=roster,
+            everyone=everyone,
+            unreachable=unreachable,
+            ended=self._roster.ended_by_command,
         )
 
     def _count_found(self) -> None:
