@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -58,7 +59,7 @@ def test_versions_from_before_a_worker_joined_do_not_concern_it() -> None:
 
 def test_a_version_from_before_a_worker_joined_counts_once_if_it_fails() -> None:
     joined = settle(WorkerOutcomes(), make_event("joined", "1-0", version=7), {}).worker_outcomes
-    failure = {"version": 7, "outcome": "failed", "detail": "digest"}
+    failure: dict[str, Any] = {"version": 7, "outcome": "failed", "detail": "digest"}
     failed = settle(joined, make_event("version", **failure), {})
     assert spans(failed.missed) == [(7, 7, "failed")]
     assert (failed.worker_outcomes.settled, failed.worker_outcomes.missed) == (7, {"failed": 1})

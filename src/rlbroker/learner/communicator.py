@@ -337,10 +337,11 @@ class WorkerCommunicator:
 
     def collect_round(
         self,
+        timeout: float | None = None,
+        *,
         version: int | None = None,
         workers: Iterable[int] | None = None,
         per_worker: int = 1,
-        timeout: float | None = None,
         partial: bool = False,
     ) -> list[tuple[int, Batch]]:
         """Return one batch of one version from each worker: what synchronous, on-policy training needs. ::
@@ -358,11 +359,11 @@ class WorkerCommunicator:
         is away is not waited for any longer (the log names it), but what it has sent belongs to the round.
 
         Args:
+            timeout: the most seconds to wait; the communicator's timeout by default.
             version: the version that produced the batches; the latest by default, also one that
                 `send_model_weights(wait=False)` is still publishing, for which this waits.
             workers: ids of the workers that must be in the round, whether or not they have joined.
             per_worker: how many batches of each.
-            timeout: the most seconds to wait; the communicator's timeout by default.
             partial: whether to return what there is, perhaps nothing, instead of raising `RoundIncomplete`.
 
         Returns:
