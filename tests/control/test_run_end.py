@@ -269,6 +269,40 @@ def test_a_learner_says_that_a_command_of_another_process_has_ended_its_run(
     assert not comm._roster.ended_by_command, "this learner has ended it"
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_a_learner_that_leaves_by_an_exception_says_that_its_run_goes_on(
+    learner: Learner, run: str, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), learner():
+        raise error
+    assert f"the run {run!r} goes on after {error.__name__}: its workers wait" in caplog.text
+    assert f"`rlbroker control send stop --run {run} --force`" in caplog.text
+
+
+def test_a_learner_whose_run_does_not_go_on_does_not_say_so(
+    learner: Learner, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end_and_fail() -> None:
+        with learner() as comm:
+            comm.stop_workers(timeout=0.1)
+            raise ZeroDivisionError
+
+    def be_replaced() -> None:
+        with learner() as comm:
+            learner()
+            comm.stop_workers()
+
+    with learner():
+        pass
+    with pytest.raises(ZeroDivisionError):
+        end_and_fail()
+    with pytest.raises(Fenced):
+        be_replaced()
+    with pytest.raises(ZeroDivisionError), learner(learner_name="second", publishes=False):
+        raise ZeroDivisionError
+    assert "goes on" not in caplog.text
+
+
 def test_a_stop_for_some_or_for_a_time_does_not_end_the_run(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:

@@ -230,7 +230,10 @@ class WorkerCommunicator:
         traceback: TracebackType | None,
     ) -> None:
         """Clean up. After an exception, no worker is stopped, and no batch that was returned last is acknowledged."""
+        failed = kind is not None and not self._life.ended
         self.cleanup(acknowledge=kind is None, stop_workers=kind is None)
+        if failed and kind is not None:
+            self._cleanup.log_run_goes_on(kind)
 
     @property
     def run(self) -> str:
