@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,17 @@ def test_versions_from_before_a_worker_joined_do_not_concern_it() -> None:
     assert (loaded.worker_outcomes.applied, loaded.worker_outcomes.applied_total) == (7, 0)
 
 
+def test_a_version_from_before_a_worker_joined_counts_once_if_it_fails() -> None:
+    joined = settle(WorkerOutcomes(), make_event("joined", "1-0", version=7), {}).worker_outcomes
+    failure: dict[str, Any] = {"version": 7, "outcome": "failed", "detail": "digest"}
+    failed = settle(joined, make_event("version", **failure), {})
+    assert spans(failed.missed) == [(7, 7, "failed")]
+    assert (failed.worker_outcomes.settled, failed.worker_outcomes.missed) == (7, {"failed": 1})
+    assert settle(failed.worker_outcomes, make_event("version", **failure), {}).missed == ()
+    applied = settle(joined, make_event("version", version=7, outcome="applied"), {}).worker_outcomes
+    assert settle(applied, make_event("version", **failure), {}).missed == ()
+
+
 def test_a_version_that_failed_is_missed_with_its_reason() -> None:
     settled = settle(member(3), make_event("version", version=5, outcome="failed", detail="digest"), {})
     assert spans(settled.missed) == [(4, 4, "superseded"), (5, 5, "failed")]
@@ -103,7 +115,9 @@ def test_skips_in_a_row_are_counted_until_an_update_skips_nothing() -> None:
 
 
 def test_outcomes_are_the_same_after_writing_and_reading_their_hash() -> None:
-    outcomes = member(7, missed={"away": 3, "superseded": 2}, commands_missed=1, skips_in_a_row=2)
+    outcomes = member(
+        7, missed={"away": 3, "superseded": 2}, commands_missed=1, skips_in_a_row=2, joined_version=7
+    )
     assert WorkerOutcomes.from_fields(outcomes.to_fields()) == outcomes
 
 

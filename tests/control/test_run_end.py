@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rlbroker import (
     Fenced,
     InvalidArgument,
     Outcome,
+    RoundIncomplete,
     UnsupportedType,
     WorkerClient,
     WorkerCommunicator,
@@ -24,6 +26,7 @@ from rlbroker import (
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.membership.roster import end_run
+from rlbroker.ops.send_command import send_command
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -40,14 +43,20 @@ def is_ended(server: Server, keys: Keys) -> bool:
     return bool(server.client.hexists(keys.meta, "ended"))
 
 
-def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) -> None:
-    """End the run as a learner whose command was lost."""
+@contextmanager
+def connected(server: Server) -> Iterator[Connection]:
     settings = server.connection_settings()
     connection = Connection(
         settings.get("redis_url"), client=settings.get("redis_client"), timeout_seconds=5.0
     )
-    end_run(connection, keys, comm.epoch, None)
+    yield connection
     connection.close()
+
+
+def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) -> None:
+    """End the run as a learner whose command was lost."""
+    with connected(server) as connection:
+        end_run(connection, keys, comm.epoch, None)
 
 
 def crash(comm: WorkerCommunicator) -> None:
@@ -236,6 +245,62 @@ def test_a_learner_that_fails_or_restarts_ends_nothing(
     crash(learner())
     assert not is_ended(server, keys)
     assert client.running
+
+
+@pytest.mark.on_every_engine
+def test_a_learner_says_that_a_command_of_another_process_has_ended_its_run(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    comm = learner()
+    comm.send_model_weights({"w": 1})
+    wait_until("it has a heartbeat", lambda: server.client.hexists(keys.meta, "learner_seen"))
+    with connected(server) as connection:
+        send_command(connection, keys, "stop", None, None, expires_seconds=None)
+    assert not worker().running
+    wait_until("the learner has noticed", lambda: comm._roster.ended_by_command)
+    assert caplog.text.count("was ended by a command, so its workers stop") == 1
+    for workers in (None, [3]):
+        with pytest.raises(RoundIncomplete, match=r"was ended by a command.*: start the learner again"):
+            comm.collect_round(workers=workers, timeout=0.2)
+    comm = learner()
+    assert worker().running
+    comm.stop_workers(timeout=0.1)
+    comm._maintenance.send_heartbeat()
+    assert not comm._roster.ended_by_command, "this learner has ended it"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_a_learner_that_leaves_by_an_exception_says_that_its_run_goes_on(
+    learner: Learner, run: str, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), learner():
+        raise error
+    assert f"the run {run!r} goes on after {error.__name__}: its workers wait" in caplog.text
+    assert f"`rlbroker control send stop --run {run} --force`" in caplog.text
+
+
+def test_a_learner_whose_run_does_not_go_on_does_not_say_so(
+    learner: Learner, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end_and_fail() -> None:
+        with learner() as comm:
+            comm.stop_workers(timeout=0.1)
+            raise ZeroDivisionError
+
+    def be_replaced() -> None:
+        with learner() as comm:
+            learner()
+            comm.stop_workers()
+
+    with learner():
+        pass
+    with pytest.raises(ZeroDivisionError):
+        end_and_fail()
+    with pytest.raises(Fenced):
+        be_replaced()
+    with pytest.raises(ZeroDivisionError), learner(learner_name="second", publishes=False):
+        raise ZeroDivisionError
+    assert "goes on" not in caplog.text
 
 
 def test_a_stop_for_some_or_for_a_time_does_not_end_the_run(

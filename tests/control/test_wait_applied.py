@@ -93,6 +93,23 @@ def test_a_version_that_did_not_fit_is_missed_with_the_reason(learner: Learner, 
     wait_until("it runs in another model", lambda: receipt.wait_applied(timeout=0)[0])
 
 
+def test_a_version_that_does_not_fit_a_worker_that_joined_later_is_on_record(
+    learner: Learner, worker: Worker
+) -> None:
+    comm = learner()
+    receipt = comm.send_model_weights({"w": np.zeros(3)})
+    client = worker()
+    for _ in range(2):  # the second failure of the same version is not another one
+        with pytest.raises(WeightsMismatch):
+            client.load_weights({"b": np.zeros(3)})
+    assert receipt.wait_applied()[0].detail.startswith("failed: the received weights do not fit the model")
+    missed = wait_until("it is on record", lambda: (one := comm.missed_updates()[0]).total and one)
+    assert [(one.first, one.last, one.why) for one in missed.records] == [(1, 1, "failed")]
+    client.load_weights({})
+    wait_until("it runs in another model", lambda: receipt.wait_applied(timeout=0)[0])
+    assert comm.missed_updates()[0].by_reason == {"failed": 1}
+
+
 def test_a_worker_that_joined_later_counts_too(learner: Learner, worker: Worker) -> None:
     comm = learner()
     first = comm.send_model_weights({"number": 1})

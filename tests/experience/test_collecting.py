@@ -13,7 +13,7 @@ import pytest
 from conftest import Server, wait_until
 from lossy import Lossy
 
-from rlbroker import Batch, Fenced, QueueCounts, WorkerClient, WorkerCommunicator
+from rlbroker import Batch, Closed, Fenced, QueueCounts, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.experience.pending import Takeover
 
@@ -24,6 +24,31 @@ Worker = Callable[..., WorkerClient]
 def counts(comm: WorkerCommunicator, worker_id: int = 0) -> QueueCounts:
     found: QueueCounts = comm.get_queue_info()["counts"][worker_id]
     return found
+
+
+@pytest.mark.on_every_engine
+def test_closing_while_another_thread_collects_is_no_outage(
+    learner: Learner, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    comm, client = learner(timeout=2.0), worker()
+    client.send_experiences({})
+    assert comm.collect_experiences(timeout=5.0)
+    errors: list[type[BaseException]] = []
+
+    def collect() -> None:
+        try:
+            while True:
+                comm.collect_experiences(timeout=60.0)
+        except Closed as error:
+            errors.append(type(error))
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    wait_until("it waits", lambda: comm.get_queue_info()["counts"][0].delivered == 1)
+    comm.cleanup(stop_workers=False)
+    thread.join(20.0)
+    assert errors == [Closed]
+    assert "collecting" not in caplog.text
 
 
 def test_batches_of_a_worker_are_collected_in_order_and_once(learner: Learner, worker: Worker) -> None:

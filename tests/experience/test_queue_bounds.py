@@ -43,6 +43,21 @@ def test_batches_in_the_learners_hands_do_not_count_as_waiting(learner: Learner,
     assert client.send_experiences({"number": 2}, timeout=0.2)
 
 
+@pytest.mark.on_every_engine
+def test_a_full_queue_says_whether_its_learner_is_slow_or_silent(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(max_queue_size=1), worker()
+    wait_until("it has a heartbeat", lambda: server.client.hexists(keys.meta, "seen:learner"))
+    client.send_experiences({})
+    with pytest.raises(QueueFull, match="collects or acknowledges too slowly"):
+        client.send_experiences({}, timeout=0.1)
+    comm.cleanup(stop_workers=False)
+    server.client.hincrbyfloat(keys.meta, "seen:learner", -60)
+    with pytest.raises(QueueFull, match=r"; the learner has been silent for 6\d s; start it again"):
+        client.send_experiences({}, timeout=0.1)
+
+
 def test_the_byte_bound_counts_batches_in_the_learners_hands(learner: Learner, worker: Worker) -> None:
     comm, client = learner(max_queue_bytes=3000, acknowledge="manual"), worker(compression=False)
     batch = {"obs": np.random.default_rng(1).bytes(1000)}

@@ -590,11 +590,21 @@ def test_a_round_that_cannot_be_is_refused(learner: Learner, arguments: Any, mes
         comm.collect_round(**arguments)
 
 
+def test_the_first_argument_is_the_timeout(learner: Learner) -> None:
+    with pytest.raises(RoundIncomplete, match=r"no worker was alive within 0\.1 s"):
+        learner().collect_round(0.1)
+
+
 def test_a_round_takes_the_numbers_of_numpy(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     publish(comm, client)
     send(client, 1)
-    pairs = comm.collect_round(np.int64(1), np.array([0]), np.int8(1), np.float32(3))  # type: ignore[arg-type]
+    pairs = comm.collect_round(
+        np.float32(3),  # type: ignore[arg-type]
+        version=np.int64(1),  # type: ignore[arg-type]
+        workers=np.array([0]),
+        per_worker=np.int8(1),  # type: ignore[arg-type]
+    )
     assert numbers(pairs) == [(0, 1)]
 
 

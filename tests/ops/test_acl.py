@@ -335,7 +335,7 @@ EPOCH, INCARNATION = "<epoch>", "<incarnation>"
 
 ATTACKS: dict[str, tuple[Script, list[Any]]] = {
     "open": (OPEN, ["1", "learner", "1", "max_queue_size", "1"]),
-    "end run": (END_RUN, [EPOCH, ""]),
+    "end run": (END_RUN, [EPOCH, "", "learner"]),
     "alive": (ALIVE, ["learner_seen", "1"]),
     "publish": (COMMIT, [EPOCH, FAR, "9-9-9", "-", "-", "version", FAR]),
     "command": (SEND, [EPOCH, "abc", "60", "-1", "1", INCARNATION, "", "name", "stop", "data", ""]),

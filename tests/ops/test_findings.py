@@ -83,8 +83,9 @@ FAULTS: dict[str, tuple[Snapshot, str, str]] = {
     "learner_ended": (
         learner(state="ended", last_seen_seconds=42.0),
         "warning",
-        "ended the run 42 s ago, and 1 worker has not stopped",
+        "last seen 42 s ago, and 1 worker has not stopped",
     ),
+    "run_ended": (learner(run_ended=True), "critical", "a command has ended the run while its learner"),
     "no_weights": (
         replace(RUN, manifest=None, workers={0: replace(STATUS, info=replace(WELL, version=0))}),
         "warning",

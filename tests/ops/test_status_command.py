@@ -173,7 +173,7 @@ def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
             "it has a heartbeat", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
         )
     assert status_json(real_server)["learner"]["state"] == "ended"
-    assert re.search(r"seen \S+ s ago; it has ended the run$", status(real_server), re.MULTILINE)
+    assert re.search(r"seen \S+ s ago; the run has ended$", status(real_server), re.MULTILINE)
 
 
 def test_a_learner_that_ended_by_an_error_is_away_and_its_run_goes_on(
@@ -206,8 +206,27 @@ def test_the_end_of_a_run_is_shown_and_workers_that_have_not_stopped_are_found(
     assert status_json(real_server)["findings"] == []
     real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
     done = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
-    found = re.search(r"ended the run \S+ \S+ ago, and 1 worker has not stopped", done.stdout)
+    found = re.search(r"last seen \S+ \S+ ago, and 1 worker has not stopped", done.stdout)
     assert (done.returncode, bool(found)) == (1, True), done.stdout
+
+
+def test_a_run_that_a_command_has_ended_is_not_said_to_be_ended_by_its_learner(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run):
+        wait_until(
+            "it has a heartbeat", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
+        )
+        assert rlbroker("control", "send", "stop", RLBROKER_REDIS_URL=real_server.url).returncode == 0
+        found = status_json(real_server)
+        assert (found["learner"]["state"], found["learner"]["run_ended"]) == ("alive", True)
+        (finding,) = [one for one in found["findings"] if one["code"] == "run_ended"]
+        assert "has ended" not in status(real_server).partition("learner")[2].partition("\n")[0]
+        check = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
+        assert (check.returncode, "a command has ended the run" in check.stdout) == (2, True)
+        hint = finding["hint"].partition(f"'{Keys(run).meta}' ")[2].split()
+        assert real_server.client.hdel(Keys(run).meta, *hint) == 2
+        assert worker().running
 
 
 def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:

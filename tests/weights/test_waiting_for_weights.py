@@ -85,7 +85,7 @@ def test_only_versions_newer_than_the_given_one_are_loaded(learner: Learner, wor
     assert (client.version, model) == (0, {})
     assert client.poll(model), "what was too old for one call is there for the next"
     later(lambda: comm.send_model_weights({"number": 3}))
-    assert client.wait_for_weights(model, np.int64(2), timeout=10.0)
+    assert client.wait_for_weights(model, 10.0, newer_than=np.int64(2))
     assert (client.version, model) == (3, {"number": 3})
 
 
@@ -164,6 +164,11 @@ def test_a_long_wait_is_in_the_log(
     assert 2 <= len(lines) <= 5
     assert lines[0].startswith(f"still waiting for weights newer than version 1 in the run {run!r} on ")
     assert lines[0].endswith(": is its learner running, and has it published?")
+
+
+def test_the_second_argument_is_the_timeout(worker: Worker) -> None:
+    with pytest.raises(DeadlineExceeded, match=r"came within 0\.1 s"):
+        worker().wait_for_weights({}, 0.1)
 
 
 def test_what_cannot_be_waited_for_is_refused(worker: Worker) -> None:

@@ -94,7 +94,7 @@ WORKER_CALLS: dict[str, Callable[[WorkerClient, Any], Any]] = {
     "model": lambda worker, value: worker.load_weights(value, timeout=0.1),
     "load timeout": lambda worker, value: worker.load_weights({}, timeout=value),
     "waiting model": lambda worker, value: worker.wait_for_weights(value, timeout=0.1),
-    "newer_than": lambda worker, value: worker.wait_for_weights({}, value, timeout=0.1),
+    "newer_than": lambda worker, value: worker.wait_for_weights({}, 0.1, newer_than=value),
     "wait timeout": lambda worker, value: worker.wait_for_weights({}, timeout=value),
     "take timeout": lambda worker, value: worker.take_weights(value),
     "poll": lambda worker, value: worker.poll(value),
@@ -289,7 +289,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         assert type(worker.worker_id) is int
         receipt = comm.send_model_weights({"w": np.zeros(3)})
         worker.load_weights({}, timeout=number.float32(5))
-        assert worker.wait_for_weights({}, number.int64(0), timeout=number.float32(5))
+        assert worker.wait_for_weights({}, number.float32(5), newer_than=number.int64(0))
         assert worker.take_weights(number.float32(0)) is None
         assert receipt.wait_applied(number.float32(5), worker_ids=number.array([3]))[3]
         worker.send_experiences({"x": np.zeros(3)}, timeout=number.float32(1))

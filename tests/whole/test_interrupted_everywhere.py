@@ -387,7 +387,7 @@ def wait_for_newer_weights(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.publish()
 
     def wait() -> None:
-        assert scene.client.wait_for_weights(scene.model, before, timeout=5.0)
+        assert scene.client.wait_for_weights(scene.model, 5.0, newer_than=before)
         scene.expect_whole_weights()
 
     yield wait
@@ -397,7 +397,7 @@ def wait_for_newer_weights(scene: Scene) -> Iterator[Callable[[], Any]]:
 def wait_for_weights_in_vain(scene: Scene) -> Iterator[Callable[[], Any]]:
     def wait() -> None:
         with suppress(DeadlineExceeded):
-            scene.client.wait_for_weights(scene.model, scene.comm.version, timeout=0.03)
+            scene.client.wait_for_weights(scene.model, 0.03, newer_than=scene.comm.version)
 
     yield wait
 

@@ -36,7 +36,9 @@ class WorkerOutcomes:
     Attributes:
         incarnation: the incarnation that the other fields describe.
         member: whether versions that are published now concern the worker.
-        settled: every version up to this one has its final outcome.
+        settled: every version up to this one has its final outcome, or was published before the worker joined.
+        joined_version: the latest version when the worker joined, while the worker has neither applied nor failed to
+            load any; 0 otherwise. Its failure counts, although it was published before.
         applied: the version that the worker runs.
         applied_total: versions that it applied since the run began.
         missed: versions that it missed since the run began, by reason.
@@ -51,6 +53,7 @@ class WorkerOutcomes:
     incarnation: int = 0
     member: bool = False
     settled: int = 0
+    joined_version: int = 0
     applied: int = 0
     applied_total: int = 0
     missed: Mapping[str, int] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class WorkerOutcomes:
             "incarnation": self.incarnation,
             "member": int(self.member),
             "settled": self.settled,
+            "joined_version": self.joined_version,
             "applied": self.applied,
             "applied_total": self.applied_total,
             "commands_done": self.commands_done,
@@ -95,6 +99,7 @@ class WorkerOutcomes:
             incarnation=stored_integer(fields.get("incarnation"), 0),
             member=fields.get("member") == "1",
             settled=stored_integer(fields.get("settled"), 0),
+            joined_version=stored_integer(fields.get("joined_version"), 0),
             applied=stored_integer(fields.get("applied"), 0),
             applied_total=stored_integer(fields.get("applied_total"), 0),
             missed={
@@ -264,6 +269,9 @@ def missed_from_fields(fields: Mapping[str, str]) -> Missed:
 
 def _settle_version(outcomes: WorkerOutcomes, event: Event) -> Settled:
     applied = event.fields.get("outcome") == "applied"
+    if not applied and event.version == outcomes.joined_version == outcomes.settled:
+        outcomes = replace(outcomes, settled=event.version - 1)  # open it, so that its failure counts
+    outcomes = replace(outcomes, joined_version=0)
     outcomes, missed = _miss(outcomes, event, event.version - 1, "superseded")
     if not applied:
         outcomes, failed = _miss(outcomes, event, event.version, "failed", event.text("detail"))
@@ -334,6 +342,7 @@ def _settle_membership(
         incarnation=event.incarnation,
         member=joined,
         settled=max(outcomes.settled, version) if outcomes.member or joined else outcomes.settled,
+        joined_version=version if joined and not event.again else 0,
         applied=0 if joined else outcomes.applied,
         commands_missed=outcomes.commands_missed + len(lost),
         skips_in_a_row=0,

@@ -357,6 +357,7 @@ class Collector:
             try:
                 more = self._read(need, deadline if wait else None, self._done)
             except ConnectionFailed as error:
+                self._check()  # the learner was closed: no outage
                 self._reader.recover()
                 more = self.acknowledge_returned()  # retries for as long as the connection's timeout
                 if wait and not (more or deadline.over):
@@ -453,7 +454,11 @@ class Collector:
         with within(Deadline(REASONS_SECONDS)):
             roster, everyone = self._roster.workers(), self._roster.ids()
         return progress.incomplete(
-            deadline.seconds, roster=roster, everyone=everyone, unreachable=unreachable
+            deadline.seconds,
+            roster=roster,
+            everyone=everyone,
+            unreachable=unreachable,
+            ended=self._roster.ended_by_command,
         )
 
     def _count_found(self) -> None:
@@ -487,6 +492,7 @@ class Collector:
         except ConnectionFailed as error:
             if deadline.over:
                 raise
+            self._check()
             self._outage.report(error)
         else:
             if not self._streams.watched:  # otherwise the next read shows whether the outage is over

@@ -17,6 +17,9 @@ Verdict = Literal["take", "stale", "keep"]
 #: The most missing workers that a message names.
 NAMED = 5
 
+#: What a message says and advises if workers are missing because they were told to stop.
+RUN_ENDED = "the run was ended by a command, so workers stop at once: start the learner again to open it"
+
 
 @dataclass(frozen=True)
 class Round:
@@ -188,6 +191,7 @@ class Progress:
         roster: Iterable[WorkerInfo],
         everyone: Collection[int],
         unreachable: Collection[int] = (),
+        ended: bool = False,
     ) -> RoundIncomplete:
         """Return the error that names the missing workers, with the reasons.
 
@@ -196,6 +200,7 @@ class Progress:
             roster: the members of the run.
             everyone: all workers that the run ever had.
             unreachable: workers whose queue is on a server that does not answer.
+            ended: whether a command has ended the run, so that workers stop.
         """
         infos = {info.worker_id: info for info in roster}
         missing = {
@@ -206,8 +211,8 @@ class Progress:
         }
         if not missing:
             return RoundIncomplete(
-                f"no worker was alive within {seconds:g} s for a round of version {self.round.version}; start workers, "
-                f"or wait longer"
+                f"no worker was alive within {seconds:g} s for a round of version {self.round.version}; "
+                f"{RUN_ENDED if ended else 'start workers, or wait longer'}"
             )
         reasons = [f"worker {worker}: {reason}" for worker, reason in list(missing.items())[:NAMED]]
         more = [f"and {len(missing) - NAMED} more"] if len(missing) > NAMED else []
@@ -215,7 +220,7 @@ class Progress:
         return RoundIncomplete(
             f"the round of version {self.round.version} has {gathered} of "
             f"{len(self.members) * self.round.per_worker} batches ({'; '.join([*reasons, *more])}). What was gathered "
-            f"comes with the next call; use partial=True to take what there is",
+            f"comes with the next call; {RUN_ENDED if ended else 'use partial=True to take what there is'}",
             missing,
         )
 

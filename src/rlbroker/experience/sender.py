@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, SupportsIndex
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
-from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline
+from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline, within
 from rlbroker.backend.error_mapping import RequestTooLarge
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
-from rlbroker.backend.text import counted
+from rlbroker.backend.text import age, counted
 from rlbroker.config import Level, RunSettings, WhenFull
 from rlbroker.errors import BatchTooLarge, ConnectionFailed, Fenced, PeerError, QueueFull, Unconfirmed
 from rlbroker.experience.levels import Confirmation
@@ -26,6 +27,9 @@ from rlbroker.types import Registration, SendReceipt
 
 #: The longest pause between two reads of a full queue's size.
 MAX_POLL_SECONDS = 0.05
+
+#: How long a call that found no room may look for the reason.
+REASON_SECONDS = 1.0
 
 
 class Sender:
@@ -43,6 +47,7 @@ class Sender:
         registration: Registration,
         *,
         settings: Callable[[Deadline], RunSettings],
+        learner_silent_seconds: Callable[[], float],
         rejoin: Callable[[Channel], None],
         when_full: WhenFull | None,
         compression: bool,
@@ -53,6 +58,7 @@ class Sender:
 
         Args:
             settings: returns the run's settings, after waiting for the learner if necessary.
+            learner_silent_seconds: returns how long all learners have been silent; 0 while one is alive.
             rejoin: registers the worker again if the server has lost its registration.
             when_full: what to do at a full queue; None for the run's setting.
             compression: whether to compress arrays where that makes them smaller.
@@ -64,6 +70,7 @@ class Sender:
             ServerUnsuitable: the server cannot give this level. A server that no longer can is treated as an outage.
         """
         self._settings, self._when_full = settings, when_full
+        self._learner_silent_seconds = learner_silent_seconds
         self._registration, self.level = registration, level
         self._packer = Packer(compression=compression)
         self._calls = CallLock()
@@ -289,12 +296,24 @@ class Sender:
                     f"worker {self._registration.worker_id}'s queue stayed full for {deadline.seconds:g} s: "
                     f"{counted(size.waiting, 'batch', 'batches')} waiting (max_queue_size "
                     f"{settings.max_queue_size}), {size.in_hand} in the learner's hands, "
-                    f"{size.queued_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
-                    "collects or acknowledges too slowly. Raise timeout or the bounds, or choose another when_full"
+                    f"{size.queued_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); "
+                    f"{self._explain_full()}"
                 )
             time.sleep(backoff.next(deadline))
             self.writer.refresh(deadline)
         return ""
+
+    def _explain_full(self) -> str:
+        """Return why the queue stays full, and what to do."""
+        silent_seconds = 0.0
+        with suppress(PeerError), within(Deadline(REASON_SECONDS)):
+            silent_seconds = self._learner_silent_seconds()
+        if silent_seconds:
+            return f"the learner has been silent for {age(silent_seconds)}; start it again"
+        return (
+            "the learner collects or acknowledges too slowly. Raise timeout or the bounds, or choose another "
+            "when_full"
+        )
 
     def _fits(self, stored_bytes: int, settings: RunSettings) -> bool:
         size = self.writer.size

@@ -92,6 +92,20 @@ class Cleanup:
         except PeerError as error:
             logger.warning("cleanup of the run %r: %s", self._keys.run, str(error))
 
+    def log_run_goes_on(self, kind: type[BaseException]) -> None:
+        """Log that the run goes on after an exception of this type, unless another learner leads it or it has ended."""
+        if self.parts is None or self.run_end is None or self.run_end.command is not None:
+            return
+        roster = self.parts.roster
+        if roster.leads and not (roster.ended_by_command or issubclass(kind, Fenced)):
+            logger.warning(
+                "the run %r goes on after %s: its workers wait; start its learner again, or end it with `rlbroker "
+                "control send stop --run %s --force`",
+                self._keys.run,
+                kind.__name__,
+                self._keys.run,
+            )
+
     def release(self) -> None:
         """Close everything without asking the server. May be called several times."""
         if self.maintenance:

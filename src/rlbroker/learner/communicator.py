@@ -230,7 +230,10 @@ class WorkerCommunicator:
         traceback: TracebackType | None,
     ) -> None:
         """Clean up. After an exception, no worker is stopped, and no batch that was returned last is acknowledged."""
+        failed = kind is not None and not self._life.ended
         self.cleanup(acknowledge=kind is None, stop_workers=kind is None)
+        if failed and kind is not None:
+            self._cleanup.log_run_goes_on(kind)
 
     @property
     def run(self) -> str:
@@ -337,10 +340,11 @@ class WorkerCommunicator:
 
     def collect_round(
         self,
+        timeout: float | None = None,
+        *,
         version: int | None = None,
         workers: Iterable[int] | None = None,
         per_worker: int = 1,
-        timeout: float | None = None,
         partial: bool = False,
     ) -> list[tuple[int, Batch]]:
         """Return one batch of one version from each worker: what synchronous, on-policy training needs. ::
@@ -358,11 +362,11 @@ class WorkerCommunicator:
         is away is not waited for any longer (the log names it), but what it has sent belongs to the round.
 
         Args:
+            timeout: the most seconds to wait; the communicator's timeout by default.
             version: the version that produced the batches; the latest by default, also one that
                 `send_model_weights(wait=False)` is still publishing, for which this waits.
             workers: ids of the workers that must be in the round, whether or not they have joined.
             per_worker: how many batches of each.
-            timeout: the most seconds to wait; the communicator's timeout by default.
             partial: whether to return what there is, perhaps nothing, instead of raising `RoundIncomplete`.
 
         Returns:

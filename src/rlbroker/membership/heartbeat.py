@@ -13,6 +13,7 @@ from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import parsing, stored_seconds, text_fields
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import readable
 from rlbroker.backend.threads import BackgroundThread
@@ -147,6 +148,19 @@ class Heartbeat:
                 f"{deadline.seconds:g} s; start the learner, or check the run's name and the URL"
             )
         return settings
+
+    def learner_silent_seconds(self) -> float:
+        """Return how long no learner of the run has sent a heartbeat, if that is longer than a lease; otherwise 0.
+
+        Raises:
+            PeerError: the server refused, or did not answer in time.
+        """
+        fields = self._connection.execute("HGETALL", self._keys.meta)
+        with parsing(self._keys.meta):
+            found = text_fields(fields).items()
+            seen = [stored_seconds(value) for name, value in found if name.startswith("seen:")]
+        silent_seconds = self._connection.clock(self._keys.meta) - max(seen, default=float("inf"))
+        return silent_seconds if silent_seconds > self._run.settings.lease_seconds else 0.0
 
     def leave(self, timeout_seconds: float) -> None:
         """Stop the heartbeats and end the membership, so that the learner does not wait for this worker."""

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Literal
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -48,10 +49,19 @@ FORGET = Script.load("membership/lua/forget.lua")
 
 ALIVE = Script.load("membership/lua/alive.lua")
 
+#: What ended a run.
+EndedBy = Literal["learner", "command"]
 
-def end_run(connection: Connection, keys: Keys, epoch: int, key: SigningKey | None) -> None:
-    """Record that the run has ended, for the learner with this epoch; raise `Fenced` if a newer one leads the run."""
-    connection.run(END_RUN, (keys.meta,), (epoch, key.sign(END, keys.run, epoch) if key else ""))
+
+def end_run(
+    connection: Connection, keys: Keys, epoch: int, key: SigningKey | None, *, by: EndedBy = "learner"
+) -> None:
+    """Record that the run has ended, for the learner with this epoch; raise `Fenced` if a newer one leads the run.
+
+    Args:
+        by: who ends it: the learner itself, or a `command` of another process.
+    """
+    connection.run(END_RUN, (keys.meta,), (epoch, key.sign(END, keys.run, epoch) if key else "", by))
 
 
 class Roster:
@@ -91,6 +101,8 @@ class Roster:
         #: Whether this learner is the newest of those that publish.
         self.leads = publishes
         self._ended = False  #: whether this learner has ended the run
+        #: Whether a command of another process has ended the run that this learner leads, as of the last heartbeat.
+        self.ended_by_command = False
 
     def open(self, *, wire_format: int, num_workers: int, shards: str) -> int:
         """Open the run and return the learner's epoch, which fences every earlier learner of the same name.
@@ -146,8 +158,9 @@ class Roster:
             Fenced: a newer learner of this name has taken over.
             RunLost: the server has lost the run, or a part of it.
         """
-        clock, epochs = channel.execute_all(
-            [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
+        clock, (*epochs, ended_by) = channel.execute_all(
+            [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch", "ended_by")],
+            strict=True,
         )
         incarnations = read_incarnations(channel, self._keys)
         self._ids = None
@@ -166,6 +179,7 @@ class Roster:
         if self._publishes:
             self._leading_epoch = leading
         self.leads = leading == self.epoch
+        self._note_end(ended_by)
         self._incarnations = incarnations
         now = server_seconds(clock)
         self._alive = self._alive_at(now, incarnations)
@@ -179,6 +193,16 @@ class Roster:
                 self.count_hosts()
             fields |= {"members": str(len(self._alive)), "hosts": str(self._hosts)}
         channel.run(ALIVE, (self._keys.meta,), flat(fields))
+
+    def _note_end(self, ended_by: bytes | None) -> None:
+        by_command = self.leads and ended_by == b"command"
+        if by_command and not self.ended_by_command:
+            logger.warning(
+                "the run %r was ended by a command, so its workers stop, also those that join later; start the "
+                "learner again to open it",
+                self._keys.run,
+            )
+        self.ended_by_command = by_command
 
     def count_hosts(self) -> None:
         """Count the hosts of the workers that are alive; the next `heartbeat` reports the number to the workers.

@@ -65,7 +65,7 @@ def send_command(
         sender = CommandSender(connection, keys, epoch=learner.epoch, key=key)
         try:
             if ends_run(name, worker_ids, expires_seconds):
-                end_run(connection, keys, learner.epoch, key)
+                end_run(connection, keys, learner.epoch, key, by="command")
             return sender.send(name, data, worker_ids, expires_seconds=expires_seconds)
         except Fenced:  # another learner has opened the run meanwhile
             if tried == _TRIES - 1:

@@ -283,7 +283,7 @@ class WorkerClient:
             return self.version
 
     def wait_for_weights(
-        self, model: Model, newer_than: SupportsIndex | None = None, timeout: float | None = None
+        self, model: Model, timeout: float | None = None, *, newer_than: SupportsIndex | None = None
     ) -> bool:
         """Load weights that are newer than those that the worker runs. Wait until they arrive, and obey commands.
 
@@ -294,8 +294,8 @@ class WorkerClient:
 
         Args:
             model: a `torch.nn.Module`, or a dictionary; see `poll`.
-            newer_than: a version; anything newer is loaded, also what the worker runs already. None for `version`.
             timeout: the most seconds to wait; None for no limit. Once a minute the log says what is waited for.
+            newer_than: a version; anything newer is loaded, also what the worker runs already. None for `version`.
 
         Returns:
             Whether weights were loaded; `version` is their number. False after a `stop` command, `drain`, or `close`

@@ -103,6 +103,7 @@ class WorkerParts:
             self._keys,
             registration,
             settings=heartbeat.settings,
+            learner_silent_seconds=heartbeat.learner_silent_seconds,
             rejoin=heartbeat.rejoin,
             when_full=when_full,
             compression=compression,

@@ -1,7 +1,7 @@
 -- Record that the run has ended: its workers stop, also those that join later, until a learner opens the run again.
 -- Works on a full server.
 -- KEYS: meta
--- ARGV: the learner's epoch, and its signature of the end; empty for none
+-- ARGV: the learner's epoch; its signature of the end, empty for none; `learner`, or `command` for another process
 -- Reply: 1
 -- Errors: FENCED, LOST
 
@@ -12,6 +12,8 @@ if redis.call('HEXISTS', KEYS[1], 'ended') == 0 then
   local time = redis.call('TIME')
   local ended = string.format('%.3f', time[1] + time[2] / 1000000)
   if ARGV[2] ~= '' then ended = ended .. ' ' .. ARGV[1] .. ' ' .. ARGV[2] end
-  redis.call('HSET', KEYS[1], 'ended', ended)
+  redis.call('HSET', KEYS[1], 'ended', ended, 'ended_by', ARGV[3])
+elseif ARGV[3] == 'learner' then
+  redis.call('HSET', KEYS[1], 'ended_by', 'learner')
 end
 return 1

@@ -17,7 +17,7 @@ redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch,
   'back_at', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
 if ARGV[3] == '1' then
   redis.call('HSET', KEYS[1], 'epoch', epoch)
-  redis.call('HDEL', KEYS[1], 'ended')
+  redis.call('HDEL', KEYS[1], 'ended', 'ended_by')
 end
 -- A run that exists keeps its shards: batches may be waiting there.
 local shards = redis.call('HGET', KEYS[1], 'shards')

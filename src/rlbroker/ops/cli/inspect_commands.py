@@ -101,7 +101,7 @@ def _describe_learner(snapshot: Snapshot) -> str:
     seen = (
         "not seen yet" if learner.last_seen_seconds is None else f"seen {age(learner.last_seen_seconds)} ago"
     )
-    state = {"away": "; it died, or lost its connection", "ended": "; it has ended the run"}.get(
+    state = {"away": "; it died, or lost its connection", "ended": "; the run has ended"}.get(
         learner.state, ""
     )
     return f"{sanitize(learner.host)} pid {learner.pid}, {seen}{state}"

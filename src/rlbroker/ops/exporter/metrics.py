@@ -134,7 +134,7 @@ RUN_METRICS: Final = _with_totals(
     RunMetric(
         "learner_ended",
         "Whether the run has ended: its workers are told to stop.",
-        lambda snapshot: snapshot.learner_state == "ended",
+        lambda snapshot: snapshot.learner is not None and snapshot.learner.run_ended,
     ),
     RunMetric(
         "learner_silent_seconds",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
+from rlbroker.backend.keys import Keys
 from rlbroker.backend.text import age, counted
 from rlbroker.ops.inspect.liveness import LearnerStatus
 from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
@@ -92,6 +93,8 @@ ADVICE: Final = {
     "learner_away": "Check its process and log, and start it again: it continues the run.",
     "learner_ended": "A worker stops when its loop looks at `running`: check whether it hangs in your code. To go on "
     "with the run, start its learner again, and then the workers.",
+    "run_ended": "Start the learner again, which opens the run, and then the workers. The command here opens it "
+    "for a learner that goes on: start its workers again.",
     "no_weights": "Call send_model_weights before the first collect_experiences.",
     "too_few_workers": "Start the missing workers, or lower num_workers. The missing ones left, or were never started.",
     "worker_away": "Check its process and log, and start it again with the same id. Its queue is kept.",
@@ -188,6 +191,13 @@ def _learner_findings(snapshot: Snapshot) -> Iterator[Finding]:
         yield Finding("critical", "learner_away", None, what, "rlbroker report")
     elif learner.state == "ended":
         yield from _ended_findings(snapshot, learner)
+    elif learner.run_ended:
+        what = (
+            f"a command has ended the run while its learner ({learner.host} pid {learner.pid}) goes on: its workers "
+            "stop, also those that join later"
+        )
+        key = Keys(snapshot.run).meta
+        yield Finding("critical", "run_ended", None, what, f"redis-cli HDEL '{key}' ended ended_by")
     elif learner.state == "alive" and snapshot.manifest is None and snapshot.members:
         what = "the learner has not published any weights yet; workers wait in load_weights"
         yield Finding("warning", "no_weights", None, what, "rlbroker weights list")
@@ -201,9 +211,9 @@ def _ended_findings(snapshot: Snapshot, learner: LearnerStatus) -> Iterator[Find
         ENDED_SECONDS, snapshot.settings.lease_seconds
     )
     if alive and not learner.others and not just_ended:
-        when = "at once" if silent_seconds is None else f"{age(silent_seconds)} ago"
+        when = "never" if silent_seconds is None else f"{age(silent_seconds)} ago"
         what = (
-            f"the learner ({learner.host} pid {learner.pid}) ended the run {when}, and "
+            f"the run has ended, its learner ({learner.host} pid {learner.pid}) was last seen {when}, and "
             f"{counted(alive, 'worker has', 'workers have')} not stopped: no learner collects the batches"
         )
         yield Finding("warning", "learner_ended", None, what, "rlbroker workers")

@@ -21,9 +21,11 @@ class LearnerStatus:
 
     Attributes:
         epoch: its incarnation.
-        state: `alive`; `ended` once the run has ended; `away` after a lease without a heartbeat.
+        state: `alive`; `ended` once the run has ended, unless a command ended it and the learner goes on; `away` after
+            a lease without a heartbeat.
         last_seen_seconds: age of its last heartbeat by the server's clock; None without any.
         others: further learners with a heartbeat within their lease; they only collect.
+        run_ended: whether the run has ended: its workers are told to stop.
     """
 
     epoch: int
@@ -32,6 +34,7 @@ class LearnerStatus:
     pid: int
     last_seen_seconds: float | None
     others: int = 0
+    run_ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,12 @@ def parse_learner(meta: dict[str, str], now: float) -> LearnerStatus:
     """Return the latest learner from the run's `meta`, at this time of the server; its epoch is 0 if there is none."""
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
     silent_seconds = max(0.0, now - stored_seconds(meta["learner_seen"])) if "learner_seen" in meta else None
-    state: LearnerState = "away"
+    fresh = silent_seconds is not None and silent_seconds < lease_seconds
+    state: LearnerState = "alive" if fresh else "away"
     if not meta:
         state = "none"
-    elif "ended" in meta:
+    elif "ended" in meta and not (fresh and meta.get("ended_by") == "command"):
         state = "ended"
-    elif silent_seconds is not None and silent_seconds < lease_seconds:
-        state = "alive"
     return LearnerStatus(
         epoch=stored_integer(meta.get("epoch"), 0),
         state=state,
@@ -108,6 +110,7 @@ def parse_learner(meta: dict[str, str], now: float) -> LearnerStatus:
         pid=stored_integer(meta.get("learner_pid"), 0),
         last_seen_seconds=silent_seconds,
         others=sum(silence < lease_seconds for silence in other_learners_silent_seconds(meta, now)),
+        run_ended="ended" in meta,
     )
 
 
