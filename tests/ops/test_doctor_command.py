@@ -96,6 +96,16 @@ def test_a_healthy_server_and_run_have_no_faults(server: RedisServer, connection
     assert re.search(r"^\d+ ok, \d warnings?, 0 critical, 0 unknown$", done.stdout, re.MULTILINE)
 
 
+def test_a_temporary_server_keeps_nothing_whatever_its_settings() -> None:
+    with RedisServer() as server:
+        with redis.Redis.from_url(server.url, protocol=2) as client:
+            client.config_set("appendonly", "yes")
+        done = rlbroker("doctor", RLBROKER_REDIS_URL=server.url)
+    assert re.search(r"^! persistence +an embedded server without --directory: ", done.stdout, re.MULTILINE)
+    assert re.search(r"^ +rlbroker server --directory DIR$", done.stdout, re.MULTILINE)
+    assert "CONFIG SET appendonly" not in done.stdout
+
+
 def test_planted_faults_are_reported_and_the_printed_commands_repair_them(
     server: RedisServer, admin: Any, connection: Connection
 ) -> None:

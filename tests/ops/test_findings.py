@@ -79,7 +79,11 @@ FAULTS: dict[str, tuple[Snapshot, str, str]] = {
     "server_evicts": (server(maxmemory_policy="allkeys-lru"), "critical", "allkeys-lru"),
     "server_full": (server(used_bytes=950), "warning", "95%"),
     "learner_missing": (replace(RUN, learner=None), "warning", "no learner"),
-    "learner_away": (learner(state="away", last_seen_seconds=42.0), "critical", "42 s ago"),
+    "learner_away": (
+        learner(state="away", last_seen_seconds=42.0),
+        "critical",
+        "last seen 42 s ago; start it again",
+    ),
     "learner_ended": (
         learner(state="ended", last_seen_seconds=42.0),
         "warning",
@@ -153,6 +157,24 @@ def test_each_fault_is_one_finding_with_a_command_and_advice(code: str) -> None:
 def test_the_commands_page_lists_every_finding() -> None:
     section = PAGE.read_text().partition("\n## Finding\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [*FAULTS]
+
+
+@pytest.mark.parametrize("state", ["away", "ended", "none"])
+def test_a_full_queue_is_not_blamed_on_the_speed_of_a_learner_that_is_gone(state: Any) -> None:
+    full = {0: replace(STATUS, counts=replace(COUNTS, waiting=10))}
+    gone = replace(RUN, learner=None) if state == "none" else learner(state=state, last_seen_seconds=42.0)
+    (finding,) = list_findings(replace(gone, workers=full))
+    assert finding.code == {"none": "learner_missing"}.get(state, f"learner_{state}")
+    others = learner(state=state, others=1)  # another learner collects, too slowly
+    if state != "none":
+        assert "queue_full" in {one.code for one in list_findings(replace(others, workers=full))}
+
+
+def test_a_run_without_workers_leads_to_those_with_a_mistyped_name() -> None:
+    (finding,) = list_findings(replace(RUN, workers={}))
+    assert finding.what == "0 workers are alive; 1 is expected"
+    assert finding.hint == "rlbroker runs"
+    assert "`rlbroker runs`" in finding.advice
 
 
 def test_critical_findings_come_first() -> None:

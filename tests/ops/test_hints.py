@@ -36,6 +36,7 @@ def test_a_typed_password_is_asked_for_and_not_shown(monkeypatch: pytest.MonkeyP
 def test_a_typed_url_is_part_of_the_hint() -> None:
     session = Session(url="redis://host:7000/1")
     assert session.complete_hint(CONFIG_SET) == "redis-cli -u redis://host:7000/1 CONFIG SET timeout 0"
+    assert session.complete_hint("rlbroker server --directory DIR") == "rlbroker server --directory DIR"
     assert session.complete_hint("rlbroker bench") == "rlbroker bench --url redis://host:7000/1"
     assert (
         session.complete_hint("rlbroker doctor --url redis://other") == "rlbroker doctor --url redis://other"

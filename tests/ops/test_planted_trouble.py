@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from executable import environment, rlbroker
+from executable import cells, environment, rlbroker
 from planted import BEHIND, DEAD, POISONER, TWIN, VERSIONS_BEHIND, Planted, plant
 
 from rlbroker.local.embedded_server import RedisServer
@@ -58,6 +58,14 @@ def test_each_finding_names_its_worker_and_the_fault(planted: Planted) -> None:
     assert re.search(rf"another process \(\S+:\d+\) with the id of worker {TWIN} was fenced", output)
     assert f"1 batch of worker {POISONER} could not be used" in output
     assert "maxmemory-policy allkeys-lru: it deletes weights and experiences" in output
+
+
+def test_a_silent_worker_has_not_polled_since_its_last_heartbeat(planted: Planted) -> None:
+    row = cells(ask(planted, "workers").stdout, DEAD)
+    detail = re.search(r"polled (\S+) (?:s|min) ago", ask(planted, "workers", str(DEAD)).stdout)
+    assert detail
+    seen, polled = (float(row[name].split()[0]) for name in ("seen", "polled"))
+    assert min(polled, float(detail[1])) >= seen > 1.0
 
 
 def test_check_ends_with_the_critical_exit_code(planted: Planted) -> None:

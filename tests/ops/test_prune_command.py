@@ -104,7 +104,10 @@ def test_dead_runs_are_listed_and_deleted_and_live_ones_are_kept(real_server: Re
         assert re.search(r"old +its learner has ended +2 h +1 +\d+ +\S+ k?B", done.stdout)
         assert re.search(r"lost +its learner is away +2 h", done.stdout)
         assert "kept: live, as its learner is alive\n" in done.stderr
-        assert "kept: recent, as its learner has ended, but not for long enough (30 min)\n" in done.stderr
+        assert (
+            "kept: recent, as its learner has ended, but for less than 60 min (30 min); to delete it now: "
+            "rlbroker prune --run recent --older-than 0s\n"
+        ) in done.stderr
         assert read_keys(client).keys() == before.keys()
         assert read_keys(client, "old") == {key: one for key, one in before.items() if b"{old}" in key}
 
@@ -146,6 +149,23 @@ def test_a_named_run_is_deleted_at_once_if_its_learner_has_ended(real_server: Re
     assert process.returncode == 0, output
     assert "Delete the run done for good?" in output
     assert read_keys(client) == {}
+
+
+def test_a_run_that_is_kept_for_a_while_comes_with_the_command_that_deletes_it(
+    real_server: RealServer,
+) -> None:
+    with WorkerClient(real_server.url, "mistyped"):
+        pass
+    kept = rlbroker("prune", "--run", "mistyped", RLBROKER_REDIS_URL=real_server.url)
+    assert kept.returncode == 1
+    found = re.search(
+        r"as no learner ever opened it, but for less than 60 min .*; to delete it now: rlbroker (.*)$",
+        kept.stderr,
+        re.MULTILINE,
+    )
+    assert found, kept.stderr
+    deleted = rlbroker(*found[1].split(), "--yes", RLBROKER_REDIS_URL=real_server.url)
+    assert (deleted.returncode, read_keys(real_server.client)) == (0, {}), deleted.stderr
 
 
 # Which runs are dead

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from conftest import RealServer, wait_until
+from crashed import end_at_once
 from executable import cells, environment, on_terminal, rlbroker, start
 
 from rlbroker import MissedUpdates, QueueCounts, WorkerClient, WorkerCommunicator, WorkerInfo
@@ -150,11 +151,17 @@ def test_status_lists_the_missed_updates_of_a_worker_that_left(
 
 
 def test_status_of_a_run_without_weights_and_workers(
-    real_server: RealServer, learner: WorkerCommunicator
+    real_server: RealServer, run: str, learner: WorkerCommunicator
 ) -> None:
     output = status(real_server)
     assert "weights  none published yet" in output
     assert "workers  none yet" in output
+    assert re.search(r"0 workers are alive; 2 are expected\n +rlbroker runs\n", output)
+    listed = rlbroker("workers", RLBROKER_REDIS_URL=real_server.url).stderr
+    assert listed == (
+        f"no worker has joined yet: start workers with this server and the run name {run!r}; if they are running, look "
+        "for a mistyped name: rlbroker runs\n"
+    )
 
 
 def test_status_of_workers_that_wait_for_their_learner(
@@ -192,7 +199,7 @@ def test_a_learner_that_ended_by_an_error_is_away_and_its_run_goes_on(
         learn()
     real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
     done = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
-    found = re.search(r"is away: last seen \S+ \S+ ago; it died", done.stdout)
+    found = re.search(r"is away: last seen \S+ \S+ ago; start it again, or end the run", done.stdout)
     assert (done.returncode, bool(found)) == (2, True), done.stdout
 
 
@@ -227,6 +234,29 @@ def test_a_run_that_a_command_has_ended_is_not_said_to_be_ended_by_its_learner(
         hint = finding["hint"].partition(f"'{Keys(run).meta}' ")[2].split()
         assert real_server.client.hdel(Keys(run).meta, *hint) == 2
         assert worker().running
+
+
+def test_a_dead_learner_is_named_as_the_reason_for_full_queues_and_unsettled_answers_count(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    settings: Any = {"run": run, "lease_seconds": 0.2, "max_queue_size": 1}
+    comm = WorkerCommunicator(1, redis_url=real_server.url, **settings)
+    client = worker()
+    client.send_experiences({"n": 1})
+    end_at_once(comm)
+    wait_until("the learner is away", lambda: status_json(real_server)["learner"]["state"] == "away")
+    for arguments in (["status"], ["workers"], ["workers", "0"]):
+        output = rlbroker(*arguments, RLBROKER_REDIS_URL=real_server.url).stdout
+        assert "is away: last seen" in output
+        assert f"rlbroker control send stop --force{'' if '0' in arguments else f' --run {run}'}" in output
+        assert "collects more slowly" not in output
+        assert "batches at once" not in output
+
+    stop = ["control", "send", "stop", "--force", "--no-wait"]
+    assert rlbroker(*stop, RLBROKER_REDIS_URL=real_server.url).returncode == 0
+    assert cells(status(real_server), 0)["unanswered"] == "1"
+    wait_until("the worker obeys", lambda: client.poll({}) or not client.running)
+    wait_until("its answer counts", lambda: cells(status(real_server), 0)["unanswered"] == "0")
 
 
 def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:

@@ -337,3 +337,15 @@ def test_two_threads_never_take_the_same_tree(learner: Learner, worker: Worker) 
     ]
     assert len({version for version, _ in taken}) == len(taken) == len({id(tree) for _, tree in taken})
     assert max(version for version, _ in taken) == 30
+
+
+def test_two_threads_that_wait_for_the_same_version_both_get_it(learner: Learner, worker: Worker) -> None:
+    """As after a cancelled `asyncio.to_thread`: its thread waits on, and the next call waits for the same."""
+    comm, client = learner(), worker()
+    models: list[dict[str, Any]] = [{}, {}]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(client.wait_for_weights, one, newer_than=0, timeout=20.0) for one in models]
+        timer = later(lambda: comm.send_model_weights({"w": np.ones(3)}))
+        assert [call.result() for call in calls] == [True, True]
+        timer.join()
+    assert [model["w"].tolist() for model in models] == [[1.0] * 3] * 2

@@ -22,7 +22,9 @@ from conftest import RealServer, Server, wait_until
 from rlbroker import Fenced, WorkerClient, WorkerCommunicator
 
 PAGE = Path(__file__).parents[2] / "docs" / "asyncio.md"
-COLLECTING, LOOPS, CREATE, USE, CLOSE = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+COLLECTING, LOOPS, FOLLOW, CREATE, USE, CLOSE = re.findall(
+    r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S
+)
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -32,7 +34,7 @@ Worker = Callable[..., WorkerClient]
 def page() -> dict[str, Any]:
     """What the asyncio part of the page defines."""
     names: dict[str, Any] = {}
-    exec(COLLECTING + LOOPS, names)
+    exec(COLLECTING + LOOPS + FOLLOW, names)
     return names
 
 
@@ -46,16 +48,91 @@ def test_a_cancelled_collect_comes_with_the_next_one(
     comm, client = learner(), worker()
 
     async def main() -> None:
-        collecting = page["Collecting"](comm)
+        collect = page["Collecting"](comm.collect_experiences)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(collecting.collect(timeout=30.0), 0.1)
+            await asyncio.wait_for(collect(timeout=30.0), 0.1)
         await asyncio.to_thread(client.send_experiences, {"n": 1})
         async with asyncio.timeout(10.0):
-            assert numbers(await collecting.collect()) == [1]
-            assert numbers(await collecting.collect(timeout=0.0)) == []  # a call of its own again
+            assert numbers(await collect(timeout=1.0)) == [1]
+            assert numbers(await collect(timeout=0.0)) == []  # a call of its own again
         assert (await asyncio.to_thread(comm.get_queue_info))["counts"][0].delivered == 1
 
     asyncio.run(main())
+
+
+def test_a_cancelled_round_comes_with_the_next_one(
+    page: dict[str, Any], learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"w": np.zeros(3)})
+    client.load_weights({}, timeout=10.0)
+
+    async def main() -> None:
+        collect = page["Collecting"](comm.collect_round)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collect(timeout=30.0), 0.1)
+        await asyncio.to_thread(client.send_experiences, {"n": 1})
+        await asyncio.to_thread(
+            wait_until, "the thread has the round", lambda: comm.marks()["batches"].values()
+        )
+        assert numbers(await collect(timeout=1.0)) == [1]
+
+    asyncio.run(main())
+
+
+def test_weights_that_a_cancelled_take_had_come_with_the_next_one(
+    page: dict[str, Any], learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+
+    async def main() -> None:
+        take = page["Collecting"](client.take_weights)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(take(timeout=30.0), 0.1)
+        comm.send_model_weights({"w": np.zeros(3)})
+        await asyncio.to_thread(wait_until, "the thread has them", lambda: client.version == 1)
+        version, tree = await take(timeout=1.0)
+        assert (version, tree["w"].tolist()) == (1, [0.0, 0.0, 0.0])
+        assert await take(timeout=0.0) is None
+
+    asyncio.run(main())
+
+
+def test_newer_than_finds_what_a_cancelled_wait_has_loaded(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    weights: dict[str, Any] = {}
+
+    async def main() -> None:
+        wait = asyncio.create_task(asyncio.to_thread(client.wait_for_weights, weights, timeout=30.0))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(wait, 0.1)
+        comm.send_model_weights({"w": np.zeros(3)})
+        await asyncio.to_thread(wait_until, "the thread has loaded them", lambda: client.version == 1)
+        assert await asyncio.to_thread(client.wait_for_weights, weights, newer_than=0, timeout=10.0)
+        assert (client.version, weights["w"].tolist()) == (1, [0.0, 0.0, 0.0])
+
+    asyncio.run(main())
+
+
+def test_a_wait_without_a_timeout_ends_with_the_block_inside_the_loop(
+    page: dict[str, Any], learner: Learner, run: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, played = learner(), []
+    monkeypatch.setitem(
+        page, "WorkerClient", lambda run: WorkerClient(run=run, **server.connection_settings())
+    )
+
+    def play(weights: dict[str, Any]) -> dict[str, Any]:
+        played.append(weights["w"].tolist())
+        return {"n": len(played)}
+
+    comm.send_model_weights({"w": np.zeros(1)})
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(page["follow"](run, play, 2.0))
+    assert time.monotonic() - began < 20.0
+    assert played == [[0.0]]
+    assert numbers(comm.collect_experiences(timeout=5.0)) == [1]
 
 
 def test_collects_that_are_cancelled_at_any_moment_lose_nothing(
@@ -70,10 +147,10 @@ def test_collects_that_are_cancelled_at_any_moment_lose_nothing(
 
     async def main() -> list[int]:
         found: list[int] = []
-        collecting, cancelled = page["Collecting"](comm), 0
+        collect, cancelled = page["Collecting"](comm.collect_experiences), 0
         sending = asyncio.create_task(asyncio.to_thread(send))
         while len(found) < total or not cancelled:
-            call = asyncio.create_task(collecting.collect(timeout=0.05))
+            call = asyncio.create_task(collect(timeout=0.05))
             await asyncio.sleep(delays.choice([0, 0.001, 0.003]))
             if not call.cancel():
                 found += numbers(call.result())
@@ -94,15 +171,15 @@ def test_a_collect_that_fails_raises_once_also_after_a_cancellation(
     comm = learner()
 
     async def main() -> None:
-        collecting = page["Collecting"](comm)
-        call = asyncio.create_task(collecting.collect(timeout=-1.0))
+        collect = page["Collecting"](comm.collect_experiences)
+        call = asyncio.create_task(collect(timeout=-1.0))
         await asyncio.sleep(0)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
         with pytest.raises(ValueError, match="timeout"):
-            await collecting.collect()
-        assert await collecting.collect(timeout=0.0) == []
+            await collect(timeout=1.0)
+        assert await collect(timeout=0.0) == []
 
     asyncio.run(main())
 
@@ -114,7 +191,7 @@ def test_what_a_cancelled_program_did_not_get_goes_to_the_next_learner(
 
     async def main() -> None:
         with learner() as comm:
-            call = asyncio.create_task(page["Collecting"](comm).collect(timeout=5.0))
+            call = asyncio.create_task(page["Collecting"](comm.collect_experiences)(timeout=5.0))
             await asyncio.to_thread(client.send_experiences, {"n": 1})
             await asyncio.to_thread(
                 wait_until, "the thread has the batch", lambda: comm.marks()["batches"].values()

@@ -421,6 +421,11 @@ def _choose_directory(password: str) -> Path:
     raise AssertionError("unreachable: a path in /tmp is short enough")
 
 
+def is_temporary_directory(path: str) -> bool:
+    """Return whether this is the `dir` of an embedded server without ``directory``, which is removed when it stops."""
+    return bool(re.fullmatch(r"rlbroker-[0-9a-f]{16}", Path(path).name))
+
+
 def find_free_port(address: str) -> int:
     """Return a TCP port that is free on this address now; another process may take it before it is used."""
     try:

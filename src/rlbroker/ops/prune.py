@@ -19,6 +19,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import EVERY_KEY, Keys, run_of, shard_of
 from rlbroker.backend.replies import text_fields, whole_number
 from rlbroker.backend.scripts import Script
+from rlbroker.backend.text import age
 from rlbroker.errors import PeerError
 from rlbroker.ops.inspect.runs import RunSummary, list_runs
 
@@ -253,7 +254,7 @@ def _judge(
     if silent_seconds is None:
         return False, f"{why}, but for how long is unknown"
     if silent_seconds < older_than_seconds:
-        return False, f"{why}, but not for long enough"
+        return False, f"{why}, but for less than {age(older_than_seconds)}"
     return True, why
 
 

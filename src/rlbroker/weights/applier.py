@@ -109,8 +109,12 @@ class WeightsApplier:
             latest: an older version is loaded only at the deadline: it may have other shapes than the model.
             sought: what is waited for, in words.
         """
-        next_log = Deadline(LOG_SECONDS)
+        next_log, known = Deadline(LOG_SECONDS), -1
         while True:
+            if newer_than is not None and self.version != known:
+                # At first, and after another thread has taken what this call waits for.
+                known = self.version
+                self._lock.run(self._subscriber.offer_again, newer_than)
             is_last = deadline.over
             if is_last or self._subscriber.newest >= latest:
                 self.apply(target, newer_than)

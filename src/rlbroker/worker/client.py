@@ -533,7 +533,8 @@ class WorkerClient:
         Raises:
             DeadlineExceeded: none came in time.
         """
-        self._subscriber.offer_again(self.version if newer_than is None else newer_than)
+        if newer_than is None:
+            self._subscriber.offer_again(self.version)
         target, sought = LoadTarget(model), self._sought(newer_than)
         if self.running:
             go_on = partial(self._go_on, deadline)

@@ -55,7 +55,7 @@ def send(
         typer.Option(
             parser=parse_span,
             metavar="SPAN",
-            help="Workers that read the command later than this ignore it; by default 30s.",
+            help="Workers that read the command later than this ignore it; by default it does not expire.",
         ),
     ] = None,
     wait: Annotated[

@@ -32,9 +32,10 @@ def complete_hint(session: Session, hint: str) -> str:
         return " ".join(filter(None, (program, _redis_cli_options(session, arguments), arguments)))
     if program != "rlbroker":
         return hint
-    if " --url" not in arguments and (typed := _url_to_type(session.url)):
+    command = arguments.partition(" ")[0]
+    if " --url" not in arguments and command != "server" and (typed := _url_to_type(session.url)):
         arguments += f" --url {shlex.quote(typed)}"
-    if " --run" not in arguments and arguments.partition(" ")[0] not in _WITHOUT_RUN:
+    if " --run" not in arguments and command not in _WITHOUT_RUN:
         arguments += f" --run {session.run}"
     return f"rlbroker {arguments}"
 

@@ -18,7 +18,7 @@ from rlbroker.ops.formatting import format_bytes, sanitize
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import Finding
     from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
-    from rlbroker.types import Missed
+    from rlbroker.types import Missed, WorkerInfo
 
 #: Seconds between two snapshots with `--watch`.
 WATCH_SECONDS = 2.0
@@ -147,11 +147,16 @@ def _cells(worker: int, status: WorkerStatus) -> dict[str, str]:
         "missed": f"{status.missed_total:,}",
         "unanswered": str(status.commands_waiting),
         "seen": age(info.last_seen_seconds) if info else "",
-        "polled": age(info.unpolled_seconds) if info else "",
+        "polled": _polled(info) if info else "",
         "sent": f"{info.sent:,}" if info else "",
         "incarnation": str(info.incarnation) if info else "",
         "process": f"{sanitize(info.host)}:{info.pid}" if info else "",
     }
+
+
+def _polled(info: WorkerInfo) -> str:
+    """Return the time since the worker polled; its last heartbeat knows the time until then."""
+    return age(info.unpolled_seconds + info.last_seen_seconds)
 
 
 def _cell_style(column: str, cell: str) -> str:
@@ -167,23 +172,29 @@ def workers(
 ) -> None:
     """List the workers: state, version, process, and the time since their last heartbeat; or show one in detail.
 
+    If the learner is gone, it says so: then workers wait.
+
     Exit code: 0; 1 if there is no such worker; 2 if the server or the run cannot be read.
 
     Example: rlbroker workers 3 --run pong
     """
     from rlbroker.ops.inspect.control_records import read_missed
-    from rlbroker.ops.inspect.findings import list_findings
+    from rlbroker.ops.inspect.findings import LEARNER_GONE, list_findings
     from rlbroker.ops.inspect.snapshot import take_snapshot
 
     with session.time_limit():
         snapshot = take_snapshot(session.connection, session.run)
         missed = [] if worker is None else read_missed(session.connection, session.keys, worker=worker)[1]
     session.check_worker(worker, snapshot.workers)
-    findings = [finding for finding in list_findings(snapshot) if finding.worker is not None]
+    findings = [
+        finding
+        for finding in list_findings(snapshot)
+        if finding.code in LEARNER_GONE
+        or (finding.worker is not None if worker is None else finding.worker == worker)
+    ]
     if worker is None:
         _print_all(session, snapshot, findings)
         return
-    findings = [finding for finding in findings if finding.worker == worker]
     if session.as_json:
         data = snapshot.to_json()["workers"][str(worker)]
         data["missed"]["records"] = [asdict(record) for record in missed]
@@ -202,7 +213,10 @@ def _print_all(session: Session, snapshot: Snapshot, findings: list[Finding]) ->
         session.print_json({"workers": workers, "findings": [finding.to_json() for finding in findings]})
         return
     if not snapshot.workers:
-        session.note("no worker has joined yet")
+        session.note(
+            f"no worker has joined yet: start workers with this server and the run name {snapshot.run!r}; if they "
+            f"are running, look for a mistyped name: {session.complete_hint('rlbroker runs')}"
+        )
     _print_workers(session, snapshot, WORKERS_COLUMNS, OPTIONAL_WORKERS_COLUMNS)
     session.print_findings(findings)
 
@@ -218,7 +232,7 @@ def _print_one(session: Session, snapshot: Snapshot, worker: int) -> None:
         )
         console.print(f"  process      {sanitize(info.host)} pid {info.pid}, incarnation {info.incarnation}")
         console.print(
-            f"  runs         version {info.version:,} of {snapshot.version:,}; polled {age(info.unpolled_seconds)} ago"
+            f"  runs         version {info.version:,} of {snapshot.version:,}; polled {_polled(info)} ago"
         )
         console.print(f"  waited       {age(info.room_seconds)} for room in its queue, in this incarnation")
     if counts is not None:

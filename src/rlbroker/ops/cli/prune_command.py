@@ -51,7 +51,7 @@ def prune(
         choose_run(session.connection, run)  # its error lists the runs that exist
     dead = [verdict for verdict in verdicts if verdict.dead]
     if not session.as_json:
-        _print_runs(session, verdicts, dead)
+        _print_runs(session, verdicts, dead, seconds)
     results: dict[str, PruneResult] = {}
     if dead and not dry_run and _is_confirmed(session, dead, yes=yes):
         results = _delete(session, dead, seconds, named=run is not None)
@@ -69,12 +69,17 @@ def prune(
         raise typer.Exit(EXIT_NOT_FOUND)
 
 
-def _print_runs(session: Session, verdicts: list[RunVerdict], dead: list[RunVerdict]) -> None:
+def _print_runs(
+    session: Session, verdicts: list[RunVerdict], dead: list[RunVerdict], older_than_seconds: float
+) -> None:
     for verdict in verdicts:
         if not verdict.dead:
             reason = verdict.why
             if verdict.silent_seconds is not None and not verdict.alive:
                 reason += f" ({age(verdict.silent_seconds)})"
+                if verdict.silent_seconds < older_than_seconds:
+                    sooner = f"rlbroker prune --run {verdict.run} --older-than 0s"
+                    reason += f"; to delete it now: {session.complete_hint(sooner)}"
             session.note(f"kept: {verdict.run}, as {reason}")
     if not dead:
         session.note(f"there is nothing to delete on {session.connection.address}")

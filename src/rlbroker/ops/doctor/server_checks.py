@@ -12,6 +12,7 @@ from rlbroker.backend.replies import whole_number
 from rlbroker.backend.suitability import MIN_SERVER_VERSION
 from rlbroker.backend.text import counted
 from rlbroker.errors import AccessDenied
+from rlbroker.local.embedded_server import is_temporary_directory
 from rlbroker.membership.incarnations import incarnation_command
 from rlbroker.ops.doctor.checks import Check, State, unknown_check
 from rlbroker.ops.doctor.server_info import Latency, ServerInfo
@@ -185,6 +186,12 @@ def _check_persistence(info: ServerInfo) -> Check:
         if info.fields.get(name, "ok") != "ok":
             what = f"{task} failed the last time: the disk may be full, and the server may refuse writes ({name})"
             return Check("persistence", "critical", what, f"redis-cli {command}")
+    if is_temporary_directory(info.settings.get("dir", "")):
+        what = (
+            "an embedded server without --directory: when it stops, its data is deleted, whatever its settings; "
+            "restart it with --directory DIR, which begins without this data"
+        )
+        return Check("persistence", "warning", what, "rlbroker server --directory DIR")
     fsync = "level='fsync' loses nothing" if info.version >= (7, 2) else "level='fsync' needs Redis 7.2"
     if aof == "1":
         policy = info.settings.get("appendfsync", "everysec")

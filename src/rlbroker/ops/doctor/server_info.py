@@ -20,6 +20,7 @@ from rlbroker.errors import AccessDenied, PeerError
 SETTINGS: Final = (
     "appendfsync",
     "client-output-buffer-limit",
+    "dir",
     "maxclients",
     "maxmemory",
     "maxmemory-policy",

@@ -90,13 +90,15 @@ ADVICE: Final = {
     "`rlbroker prune --dry-run` lists them.",
     "learner_missing": "Start the learner with this run name and server. If it is running, the workers have a "
     "mistyped run name.",
-    "learner_away": "Check its process and log, and start it again: it continues the run.",
+    "learner_away": "Start it again: it continues the run. Its process and log say why it is silent. Until then queues "
+    "fill, and workers do not stop. If it will not come back, end the run: `rlbroker control send stop --force`.",
     "learner_ended": "A worker stops when its loop looks at `running`: check whether it hangs in your code. To go on "
     "with the run, start its learner again, and then the workers.",
     "run_ended": "Start the learner again, which opens the run, and then the workers. The command here opens it "
     "for a learner that goes on: start its workers again.",
     "no_weights": "Call send_model_weights before the first collect_experiences.",
-    "too_few_workers": "Start the missing workers, or lower num_workers. The missing ones left, or were never started.",
+    "too_few_workers": "Start the missing workers, or lower num_workers. If they are running, look for a mistyped run "
+    "name with `rlbroker runs`.",
     "worker_away": "Check its process and log, and start it again with the same id. Its queue is kept.",
     "worker_behind": "It loads weights only in poll: call poll between shorter rollouts. If it has not polled for "
     "long, it hangs in your code, or waits for room in its queue: check its process.",
@@ -122,6 +124,10 @@ ADVICE: Final = {
     "acknowledgements and incarnations; delete other keys with DEL.",
     "too_many_missed": "See which workers missed them, and why.",
 }
+
+
+#: Codes of the findings that explain why workers wait, or fill their queues.
+LEARNER_GONE: Final = ("learner_missing", "learner_away", "learner_ended")
 
 
 def list_findings(snapshot: Snapshot, limits: FindingLimits | None = None) -> list[Finding]:
@@ -186,9 +192,10 @@ def _learner_findings(snapshot: Snapshot) -> Iterator[Finding]:
     elif learner.state == "away":
         seen = "never seen" if learner.last_seen_seconds is None else _last_seen(learner.last_seen_seconds)
         what = (
-            f"the learner ({learner.host} pid {learner.pid}) is away: {seen}; it died, or lost its connection"
+            f"the learner ({learner.host} pid {learner.pid}) is away: {seen}; start it again, or end the run if it "
+            "will not come back"
         )
-        yield Finding("critical", "learner_away", None, what, "rlbroker report")
+        yield Finding("critical", "learner_away", None, what, "rlbroker control send stop --force")
     elif learner.state == "ended":
         yield from _ended_findings(snapshot, learner)
     elif learner.run_ended:
@@ -226,9 +233,13 @@ def _membership_findings(snapshot: Snapshot, limits: FindingLimits) -> Iterator[
     wanted = snapshot.expected_workers if limits.min_workers is None else limits.min_workers
     if alive < wanted:
         severity: Severity = "warning" if alive else "critical"
-        expected = "are expected" if limits.min_workers is None else "are required"
-        what = f"{counted(alive, 'worker is', 'workers are')} alive; {wanted} {expected}"
-        yield Finding(severity, "too_few_workers", None, what, "rlbroker workers")
+        expected = "expected" if limits.min_workers is None else "required"
+        what = (
+            f"{counted(alive, 'worker is', 'workers are')} alive; {counted(wanted, 'is', 'are')} {expected}"
+        )
+        # Without any worker there is no roster to look at; `runs` shows workers that use another name.
+        hint = "rlbroker workers" if snapshot.workers else "rlbroker runs"
+        yield Finding(severity, "too_few_workers", None, what, hint)
 
 
 def _worker_findings(
@@ -284,7 +295,9 @@ def _queue_findings(
             f"{reasons}"
         )
         yield Finding("warning", "batches_lost", worker, what, f"rlbroker workers {worker}")
-    if counts.waiting >= limits.waiting_share * snapshot.settings.max_queue_size:
+    learner = snapshot.learner
+    collects = learner is not None and (learner.state == "alive" or learner.others > 0)
+    if collects and counts.waiting >= limits.waiting_share * snapshot.settings.max_queue_size:
         what = (
             f"the queue of worker {worker} is {counts.waiting / snapshot.settings.max_queue_size:.0%} full: the "
             "learner collects more slowly than the worker sends"

@@ -32,8 +32,9 @@ from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import expected_types, match_types, read_existing_counts
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.membership.worker_info import parse_worker_infos
+from rlbroker.ops.inspect.control_records import add_unsettled_acknowledgements
 from rlbroker.ops.inspect.liveness import LearnerState, LearnerStatus, parse_learner
-from rlbroker.types import MissedUpdates, QueueCounts, WorkerInfo
+from rlbroker.types import MissedUpdates, Outcome, QueueCounts, WorkerInfo
 from rlbroker.weights.manifest import Manifest
 
 #: Commands that a server may not have, or that the user may have no right to run.
@@ -195,7 +196,7 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
 
 
 class SnapshotReader:
-    """Reads snapshots of one run, each in three round trips.
+    """Reads snapshots of one run, each in three round trips, and in one more while answers to commands are missing.
 
     The types of the keys are read before their contents: reading a missing queue would be an error, and the server
     counts errors.
@@ -303,7 +304,8 @@ class SnapshotReader:
         is_right_type = match_types(types, found_types)
         counts = read_existing_counts(self._connection, keys, ids, is_right_type, reported=sent)
         with parsing(keys.pending):
-            waiting = _parse_waiting_commands(text_fields(pending_reply), now)
+            pending = text_fields(pending_reply)
+            waiting = _parse_waiting_commands(pending, self._read_unanswered(pending), now)
         return {
             worker: WorkerStatus(
                 info=infos.get(worker),
@@ -317,6 +319,24 @@ class SnapshotReader:
                 ),
             )
             for worker, worker_missed, letters in zip(ids, missed, dead_letters, strict=True)
+        }
+
+    def _read_unanswered(self, pending: dict[str, str]) -> set[tuple[str, int]]:
+        """Return the command and worker of each pending answer that the worker has not written either.
+
+        Without a learner the answers stay where the workers wrote them.
+        """
+        outcomes: dict[str, dict[int, Outcome]] = {}
+        for name in pending:
+            command_id, worker = _parse_pending(name)
+            outcomes.setdefault(command_id, {})[worker] = Outcome("waiting")
+        if outcomes:
+            add_unsettled_acknowledgements(self._connection, self._keys, outcomes)
+        return {
+            (command_id, worker)
+            for command_id, by_worker in outcomes.items()
+            for worker, outcome in by_worker.items()
+            if outcome.state == "waiting"
         }
 
 
@@ -348,12 +368,22 @@ def _parse_missed(
         ]
 
 
-def _parse_waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[float]]:
+def _parse_pending(name: str) -> tuple[str, int]:
+    """Return the command and the worker that a field of `pending` is about."""
+    command_id, _, worker = name.rpartition(":")
+    return command_id, stored_integer(worker)
+
+
+def _parse_waiting_commands(
+    pending: dict[str, str], unanswered: set[tuple[str, int]], now: float
+) -> dict[int, list[float]]:
     """Return, by worker, the age of each command without an answer, in seconds."""
     ages: dict[int, list[float]] = {}
     for name, value in pending.items():
+        command_id, worker = _parse_pending(name)
         sent_seconds = entry_place(value.split()[1])[0] / 1000
-        ages.setdefault(stored_integer(name.rpartition(":")[2]), []).append(max(0.0, now - sent_seconds))
+        if (command_id, worker) in unanswered:
+            ages.setdefault(worker, []).append(max(0.0, now - sent_seconds))
     return ages
 
 
