@@ -17,6 +17,7 @@ from rlbroker import (
     Fenced,
     InvalidArgument,
     Outcome,
+    RunLost,
     UnsupportedType,
     WorkerClient,
     WorkerCommunicator,
@@ -53,6 +54,13 @@ def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) 
 def crash(comm: WorkerCommunicator) -> None:
     comm._thread.stop(5.0)
     end_at_once(comm)
+
+
+def lose_connection(comm: WorkerCommunicator) -> None:
+    """Let the background thread meet a new connection, as after a fault of the network."""
+    restoration = comm._maintenance._restoration
+    wait_until("it was connected", lambda: restoration._connected)
+    restoration.mark_stale()
 
 
 def obeys(client: WorkerClient) -> threading.Thread:
@@ -333,3 +341,39 @@ def test_cleanup_does_not_wait_long_for_workers_that_do_not_answer(learner: Lear
     assert report.commands == 0
     assert report, "a stop without an answer is not left behind"
     assert comm.cleanup() is report
+
+
+def test_a_learner_that_ended_its_run_and_was_replaced_goes_on_collecting_after_a_reconnect(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    """It leaves the end alone, and renews what it has in hand, so that no batch is given twice."""
+    replaced = learner(learner_name="replaced", take_over_seconds=1.0)
+    replaced.stop_workers(timeout=0.1)
+    leading = learner(learner_name="leading", take_over_seconds=1.0)
+    wait_until("it was replaced", lambda: not replaced._roster.leads)
+    lose_connection(replaced)
+    wait_until("it is restored", lambda: not replaced._maintenance._restoration.stale)
+    client = worker()
+    client.send_experiences({"number": 0})
+    assert [batch["number"] for _, batch in replaced.collect_experiences(timeout=5.0)] == [0]
+    assert leading.collect_experiences(timeout=3.0) == []
+    assert client.running
+
+
+def test_a_restoration_that_fails_for_good_is_repeated_with_pauses(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, calls = learner(), list[float]()
+
+    def fail(error: Exception) -> None:
+        calls.append(time.monotonic())
+        raise error
+
+    for error in (Fenced("for good"), RunLost("for good")):
+        calls.clear()
+        monkeypatch.setattr(comm._roster, "restore", lambda error=error: fail(error))
+        lose_connection(comm)
+        wait_until("it was tried again", lambda: len(calls) >= 2)
+        begun = len(calls)
+        time.sleep(1.0)
+        assert len(calls) - begun < 20

@@ -194,7 +194,7 @@ class Roster:
     def restore(self) -> None:
         """Write back the workers and the fields of `meta` that the server may have lost.
 
-        A learner that no longer leads writes back the epoch of the newer learner, and does not lead again.
+        A learner that no longer leads writes back the epoch of the newer learner, neither leads again nor ends the run.
 
         Raises:
             Fenced: a newer learner of this name has taken over.
@@ -208,7 +208,7 @@ class Roster:
         keys = (self._keys.meta, self._keys.workers, *map(self._keys.life, incarnations))
         now, *lost = self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._meta)))
         self._written_back |= dict.fromkeys(map(int, lost), int(now))
-        if self._ended:
+        if self._ended and self.leads:
             self.end_run()
 
     @property
