@@ -24,6 +24,7 @@ from rlbroker import (
 )
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
+from rlbroker.membership.joined_run import STOP_GRACE_SECONDS
 from rlbroker.membership.roster import end_run
 
 Learner = Callable[..., WorkerCommunicator]
@@ -38,7 +39,8 @@ ENDS: dict[str, Callable[[WorkerCommunicator], Any]] = {
 
 
 def is_ended(server: Server, keys: Keys) -> bool:
-    return bool(server.client.hexists(keys.meta, "ended"))
+    ended, epoch = server.client.hmget(keys.meta, "ended", "epoch")
+    return ended is not None and ended.split()[1] == epoch
 
 
 def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) -> None:
@@ -263,7 +265,7 @@ def test_a_worker_with_a_key_takes_only_a_signed_end(
     learner: Learner, worker: Worker, server: Server, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
     comm, client = learner(signing_key="k" * 32), worker(signing_key="k" * 32)
-    for forged in ("1.0", f"1.0 {comm.epoch} ", f"1.0 {comm.epoch} 01234567:{'0' * 64}"):
+    for forged in (f"1.0 {comm.epoch}", f"1.0 {comm.epoch} ", f"1.0 {comm.epoch} 01234567:{'0' * 64}"):
         server.client.hset(keys.meta, "ended", forged)
         with caplog.at_level(logging.WARNING, "rlbroker"):
             assert worker(1, signing_key="k" * 32).running
@@ -341,6 +343,42 @@ def test_cleanup_does_not_wait_long_for_workers_that_do_not_answer(learner: Lear
     assert report.commands == 0
     assert report, "a stop without an answer is not left behind"
     assert comm.cleanup() is report
+
+
+def test_an_end_comes_back_with_older_data_and_stops_no_worker_of_the_next_learner(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a backup, or a replica that lagged behind; the end of the present learner is restored."""
+    learner().cleanup()
+    old = server.client.dump(keys.meta)
+    comm = learner(lease_seconds=0.5)
+    client = worker()
+    restoration, go_on = comm._maintenance._restoration, threading.Event()
+    restore = comm._maintenance.restore
+    monkeypatch.setattr(comm._maintenance, "restore", lambda: go_on.wait(20.0) and restore())
+    server.client.restore(keys.meta, 0, old, replace=True)
+    assert is_ended(server, keys)
+    lose_connection(comm)
+    time.sleep(STOP_GRACE_SECONDS + 0.5)  # some heartbeats bring the old end
+    assert client.running
+    go_on.set()
+    wait_until("it is restored", lambda: not restoration.stale)
+    assert not is_ended(server, keys)
+    assert worker(worker_id=7).running
+    comm.stop_workers(timeout=0.1)
+    server.client.restore(keys.meta, 0, old, replace=True)
+    lose_connection(comm)
+    wait_until("its own end is restored", lambda: int(server.client.hget(keys.meta, "epoch")) == comm.epoch)
+    wait_until("its own end is restored", lambda: is_ended(server, keys))
+    wait_until("the worker stops", lambda: not client.running)
+
+
+def test_a_run_that_was_pruned_in_part_is_open_for_a_learner_that_only_collects(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    server.client.hset(keys.meta, mapping={"ended": "0 0", "pruned": "1"})
+    learner(publishes=False)
+    assert worker().running
 
 
 def test_a_learner_that_ended_its_run_and_was_replaced_goes_on_collecting_after_a_reconnect(

@@ -151,10 +151,10 @@ def test_without_a_learner_force_is_needed_and_live_workers_apply_the_command(em
     shell = RunShell(embedded.url, run)
     with (
         redis.Redis.from_url(embedded.url, protocol=2) as client,
-        WorkerCommunicator(1, redis_url=embedded.url, run=run),
+        WorkerCommunicator(1, redis_url=embedded.url, run=run) as comm,
         WorkerClient(embedded.url, run) as worker,
     ):
-        client.hset(Keys(run).meta, "ended", "1.000")
+        client.hset(Keys(run).meta, "ended", f"1.000 {comm.epoch}")
         refused = shell("control", "send", "stop")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "has ended, so no process records the workers' answers; --force" in refused.stderr

@@ -10,6 +10,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import parsing, server_seconds, stored_integer, stored_seconds, text_fields
 from rlbroker.config import RunSettings
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
+from rlbroker.membership.joined_run import end_epoch
 from rlbroker.types import Liveness
 
 LearnerState = Liveness | Literal["ended", "none"]
@@ -97,7 +98,7 @@ def parse_learner(meta: dict[str, str], now: float) -> LearnerStatus:
     state: LearnerState = "away"
     if not meta:
         state = "none"
-    elif "ended" in meta:
+    elif end_epoch(meta.get("ended", "")) == stored_integer(meta.get("epoch"), 0):
         state = "ended"
     elif silent_seconds is not None and silent_seconds < lease_seconds:
         state = "alive"
