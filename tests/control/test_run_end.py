@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from crashed import end_at_once
 
 from rlbroker import (
     Closed,
+    ConnectionFailed,
     Fenced,
     InvalidArgument,
     Outcome,
@@ -24,6 +27,7 @@ from rlbroker import (
 )
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
+from rlbroker.local import RedisServer
 from rlbroker.membership.joined_run import STOP_GRACE_SECONDS
 from rlbroker.membership.roster import end_run
 
@@ -415,3 +419,43 @@ def test_a_restoration_that_fails_for_good_is_repeated_with_pauses(
         begun = len(calls)
         time.sleep(1.0)
         assert len(calls) - begun < 20
+
+
+def test_a_repeated_stop_of_a_replaced_learner_is_fenced(learner: Learner, worker: Worker) -> None:
+    comm = learner(learner_name="replaced")
+    thread = obeys(worker())
+    assert comm.stop_workers(timeout=10.0) == {0: Outcome("done")}
+    thread.join(10.0)
+    learner(learner_name="leading")
+    with pytest.raises(Fenced):
+        comm.stop_workers(timeout=1.0)
+
+
+def test_stop_workers_outlasts_a_server_that_does_not_answer_for_a_while(
+    keys: Keys,
+) -> None:
+    """Longer than any command waits; and it keeps to its own timeout."""
+    with (
+        RedisServer() as server,
+        WorkerCommunicator(1, redis_url=server.url, run=keys.run, timeout=2.0) as comm,
+        WorkerClient(server.url, keys.run) as client,
+    ):
+        results: list[Any] = []
+        thread = threading.Thread(target=lambda: results.append(comm.stop_workers(timeout=60.0)))
+        thread.start()
+        wait_until("it waits", lambda: comm._run_end.command)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            with pytest.raises(ConnectionFailed):
+                comm.stop_workers(timeout=0.5)
+            assert time.monotonic() - began < 1.5
+            thread.join(4.0)
+            assert thread.is_alive()
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        while client.running:
+            client.poll()
+        thread.join(20.0)
+        assert results == [{0: Outcome("done")}]
