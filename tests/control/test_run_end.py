@@ -459,3 +459,26 @@ def test_stop_workers_outlasts_a_server_that_does_not_answer_for_a_while(
             client.poll()
         thread.join(20.0)
         assert results == [{0: Outcome("done")}]
+
+
+@pytest.mark.parametrize("workers", [None, [0]])
+def test_a_handler_that_waits_for_weights_returns_when_a_stop_comes(
+    learner: Learner, worker: Worker, workers: list[int] | None
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"w": 1})
+    results: list[Any] = []
+    client.on_command("sync", lambda data: results.append(client.wait_for_weights({})))
+    client.load_weights({})
+    sync = comm.send_control_command("sync")
+    wait_until("it has arrived", lambda: client._inbox.waiting)
+    thread = threading.Thread(target=client.poll)
+    thread.start()
+    stop = comm.send_control_command("stop", worker_ids=workers)
+    thread.join(10.0)
+    waits = thread.is_alive()
+    client.drain()
+    thread.join(10.0)
+    assert (waits, results) == (False, [False])
+    client.close()
+    assert sync.wait(5.0) == stop.wait(5.0) == {0: Outcome("done")}
