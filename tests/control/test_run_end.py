@@ -482,3 +482,14 @@ def test_a_handler_that_waits_for_weights_returns_when_a_stop_comes(
     assert (waits, results) == (False, [False])
     client.close()
     assert sync.wait(5.0) == stop.wait(5.0) == {0: Outcome("done")}
+
+
+def test_an_unsigned_end_does_not_keep_the_leader_from_signing_its_own(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm = learner(signing_key="k" * 32)
+    end_without_a_command(server, comm, keys)
+    assert worker(0, signing_key="k" * 32).running
+    comm.stop_workers(timeout=0.1)
+    end_without_a_command(server, comm, keys)
+    assert not worker(1, signing_key="k" * 32).running

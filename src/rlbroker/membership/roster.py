@@ -111,6 +111,8 @@ class Roster:
             "shards": shards,
             **self._settings.to_fields(),
         }
+        if self._key:
+            self._meta["signed_with"] = self._key.id
         arguments = (wire_format, self._name, int(self._publishes), *flat(self._meta))
         try:
             epoch, existed, stored_shards = self._connection.run(OPEN, (self._keys.meta,), arguments)
