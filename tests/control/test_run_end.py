@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +17,20 @@ from crashed import end_at_once
 
 from rlbroker import (
     Closed,
+    ConnectionFailed,
     Fenced,
     InvalidArgument,
     Outcome,
     RoundIncomplete,
+    RunLost,
     UnsupportedType,
     WorkerClient,
     WorkerCommunicator,
 )
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
+from rlbroker.local import RedisServer
+from rlbroker.membership.joined_run import STOP_GRACE_SECONDS
 from rlbroker.membership.roster import end_run
 from rlbroker.ops.send_command import send_command
 
@@ -40,7 +46,8 @@ ENDS: dict[str, Callable[[WorkerCommunicator], Any]] = {
 
 
 def is_ended(server: Server, keys: Keys) -> bool:
-    return bool(server.client.hexists(keys.meta, "ended"))
+    ended, epoch = server.client.hmget(keys.meta, "ended", "epoch")
+    return ended is not None and ended.split()[1] == epoch
 
 
 @contextmanager
@@ -62,6 +69,13 @@ def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) 
 def crash(comm: WorkerCommunicator) -> None:
     comm._thread.stop(5.0)
     end_at_once(comm)
+
+
+def lose_connection(comm: WorkerCommunicator) -> None:
+    """Let the background thread meet a new connection, as after a fault of the network."""
+    restoration = comm._maintenance._restoration
+    wait_until("it was connected", lambda: restoration._connected)
+    restoration.mark_stale()
 
 
 def obeys(client: WorkerClient) -> threading.Thread:
@@ -320,7 +334,7 @@ def test_a_worker_with_a_key_takes_only_a_signed_end(
     learner: Learner, worker: Worker, server: Server, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
     comm, client = learner(signing_key="k" * 32), worker(signing_key="k" * 32)
-    for forged in ("1.0", f"1.0 {comm.epoch} ", f"1.0 {comm.epoch} 01234567:{'0' * 64}"):
+    for forged in (f"1.0 {comm.epoch}", f"1.0 {comm.epoch} ", f"1.0 {comm.epoch} 01234567:{'0' * 64}"):
         server.client.hset(keys.meta, "ended", forged)
         with caplog.at_level(logging.WARNING, "rlbroker"):
             assert worker(1, signing_key="k" * 32).running
@@ -398,3 +412,149 @@ def test_cleanup_does_not_wait_long_for_workers_that_do_not_answer(learner: Lear
     assert report.commands == 0
     assert report, "a stop without an answer is not left behind"
     assert comm.cleanup() is report
+
+
+def test_an_end_comes_back_with_older_data_and_stops_no_worker_of_the_next_learner(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a backup, or a replica that lagged behind; the end of the present learner is restored."""
+    learner().cleanup()
+    old = server.client.dump(keys.meta)
+    comm = learner(lease_seconds=0.5)
+    client = worker()
+    restoration, go_on = comm._maintenance._restoration, threading.Event()
+    restore = comm._maintenance.restore
+    monkeypatch.setattr(comm._maintenance, "restore", lambda: go_on.wait(20.0) and restore())
+    server.client.restore(keys.meta, 0, old, replace=True)
+    assert is_ended(server, keys)
+    lose_connection(comm)
+    time.sleep(STOP_GRACE_SECONDS + 0.5)  # some heartbeats bring the old end
+    assert client.running
+    go_on.set()
+    wait_until("it is restored", lambda: not restoration.stale)
+    assert not is_ended(server, keys)
+    assert worker(worker_id=7).running
+    comm.stop_workers(timeout=0.1)
+    server.client.restore(keys.meta, 0, old, replace=True)
+    lose_connection(comm)
+    wait_until("its own end is restored", lambda: int(server.client.hget(keys.meta, "epoch")) == comm.epoch)
+    wait_until("its own end is restored", lambda: is_ended(server, keys))
+    wait_until("the worker stops", lambda: not client.running)
+
+
+def test_a_run_that_was_pruned_in_part_is_open_for_a_learner_that_only_collects(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    server.client.hset(keys.meta, mapping={"ended": "0 0", "pruned": "1"})
+    learner(publishes=False)
+    assert worker().running
+
+
+def test_a_learner_that_ended_its_run_and_was_replaced_goes_on_collecting_after_a_reconnect(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    """It leaves the end alone, and renews what it has in hand, so that no batch is given twice."""
+    replaced = learner(learner_name="replaced", take_over_seconds=1.0)
+    replaced.stop_workers(timeout=0.1)
+    leading = learner(learner_name="leading", take_over_seconds=1.0)
+    wait_until("it was replaced", lambda: not replaced._roster.leads)
+    lose_connection(replaced)
+    wait_until("it is restored", lambda: not replaced._maintenance._restoration.stale)
+    client = worker()
+    client.send_experiences({"number": 0})
+    assert [batch["number"] for _, batch in replaced.collect_experiences(timeout=5.0)] == [0]
+    assert leading.collect_experiences(timeout=3.0) == []
+    assert client.running
+
+
+def test_a_restoration_that_fails_for_good_is_repeated_with_pauses(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, calls = learner(), list[float]()
+
+    def fail(error: Exception) -> None:
+        calls.append(time.monotonic())
+        raise error
+
+    for error in (Fenced("for good"), RunLost("for good")):
+        calls.clear()
+        monkeypatch.setattr(comm._roster, "restore", lambda error=error: fail(error))
+        lose_connection(comm)
+        wait_until("it was tried again", lambda: len(calls) >= 2)
+        begun = len(calls)
+        time.sleep(1.0)
+        assert len(calls) - begun < 20
+
+
+def test_a_repeated_stop_of_a_replaced_learner_is_fenced(learner: Learner, worker: Worker) -> None:
+    comm = learner(learner_name="replaced")
+    thread = obeys(worker())
+    assert comm.stop_workers(timeout=10.0) == {0: Outcome("done")}
+    thread.join(10.0)
+    learner(learner_name="leading")
+    with pytest.raises(Fenced):
+        comm.stop_workers(timeout=1.0)
+
+
+def test_stop_workers_outlasts_a_server_that_does_not_answer_for_a_while(
+    keys: Keys,
+) -> None:
+    """Longer than any command waits; and it keeps to its own timeout."""
+    with (
+        RedisServer() as server,
+        WorkerCommunicator(1, redis_url=server.url, run=keys.run, timeout=2.0) as comm,
+        WorkerClient(server.url, keys.run) as client,
+    ):
+        results: list[Any] = []
+        thread = threading.Thread(target=lambda: results.append(comm.stop_workers(timeout=60.0)))
+        thread.start()
+        wait_until("it waits", lambda: comm._run_end.command)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            with pytest.raises(ConnectionFailed):
+                comm.stop_workers(timeout=0.5)
+            assert time.monotonic() - began < 1.5
+            thread.join(4.0)
+            assert thread.is_alive()
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        while client.running:
+            client.poll()
+        thread.join(20.0)
+        assert results == [{0: Outcome("done")}]
+
+
+@pytest.mark.parametrize("workers", [None, [0]])
+def test_a_handler_that_waits_for_weights_returns_when_a_stop_comes(
+    learner: Learner, worker: Worker, workers: list[int] | None
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"w": 1})
+    results: list[Any] = []
+    client.on_command("sync", lambda data: results.append(client.wait_for_weights({})))
+    client.load_weights({})
+    sync = comm.send_control_command("sync")
+    wait_until("it has arrived", lambda: client._inbox.waiting)
+    thread = threading.Thread(target=client.poll)
+    thread.start()
+    stop = comm.send_control_command("stop", worker_ids=workers)
+    thread.join(10.0)
+    waits = thread.is_alive()
+    client.drain()
+    thread.join(10.0)
+    assert (waits, results) == (False, [False])
+    client.close()
+    assert sync.wait(5.0) == stop.wait(5.0) == {0: Outcome("done")}
+
+
+def test_an_unsigned_end_does_not_keep_the_leader_from_signing_its_own(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm = learner(signing_key="k" * 32)
+    end_without_a_command(server, comm, keys)
+    assert worker(0, signing_key="k" * 32).running
+    comm.stop_workers(timeout=0.1)
+    end_without_a_command(server, comm, keys)
+    assert not worker(1, signing_key="k" * 32).running

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,15 +147,32 @@ def test_an_unknown_worker_is_answered_with_the_members(shell: RunShell) -> None
     )
 
 
+def test_a_stop_without_the_key_of_a_signed_run_is_refused(embedded: RedisServer, tmp_path: Path) -> None:
+    run, file = "control-signed", tmp_path / "key"
+    file.write_text("k" * 32)
+    shell = RunShell(embedded.url, run)
+    with (
+        WorkerCommunicator(1, redis_url=embedded.url, run=run, signing_key=file),
+        WorkerClient(embedded.url, run, signing_key=file) as worker,
+    ):
+        refused = shell("control", "send", "stop", "--no-wait")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "is signed, so only a stop with its key (id " in refused.stderr
+        assert "RLBROKER_SIGNING_KEY_FILE" in refused.stderr
+        signed = shell("control", "send", "stop", "--no-wait", RLBROKER_SIGNING_KEY_FILE=str(file))
+        assert "the run has ended" in signed.stderr
+        wait_until("the worker stops", lambda: not worker.running)
+
+
 def test_without_a_learner_force_is_needed_and_live_workers_apply_the_command(embedded: RedisServer) -> None:
     run = "control-alone"
     shell = RunShell(embedded.url, run)
     with (
         redis.Redis.from_url(embedded.url, protocol=2) as client,
-        WorkerCommunicator(1, redis_url=embedded.url, run=run),
+        WorkerCommunicator(1, redis_url=embedded.url, run=run) as comm,
         WorkerClient(embedded.url, run) as worker,
     ):
-        client.hset(Keys(run).meta, "ended", "1.000")
+        client.hset(Keys(run).meta, "ended", f"1.000 {comm.epoch}")
         refused = shell("control", "send", "stop")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "has ended, so no process records the workers' answers; --force" in refused.stderr

@@ -35,7 +35,7 @@ class Settlements:
         self._count += 1
 
     def wait(self, read: Callable[[], dict[int, Outcome]], deadline: Deadline) -> dict[int, Outcome]:
-        """Return outcomes by worker once none is `waiting`, or as they are at the deadline.
+        """Return outcomes by worker once none is `WAITING`, or as they are at the deadline.
 
         Args:
             read: returns the current outcomes. It is called after each settlement, and now and then.
@@ -44,7 +44,7 @@ class Settlements:
             count = self._count
             with within(deadline):
                 found = read()
-            if deadline.over or not [one for one in found.values() if one.state == "waiting"]:
+            if deadline.over or WAITING not in found.values():
                 return found
             next_read = Deadline(min(POLL_SECONDS, deadline.remaining))
             while count == self._count and not next_read.over:

@@ -582,10 +582,10 @@ class WorkerCommunicator:
         seconds = self._connection.timeout_seconds
         if timeout is not None:
             seconds = check_timeout_seconds("timeout", timeout)
-        if self._run_end.command is None:
-            with self._operation():
-                self._run_end.send()
-        return self._run_end.wait(Deadline(seconds))
+        deadline = Deadline(seconds)
+        with self._operation(), within(deadline):
+            self._run_end.send_once()
+        return self._run_end.wait(deadline)
 
     def workers(self) -> list[WorkerInfo]:
         """Return the members of the run, by id: host, pid, state, version, last heartbeat and more.

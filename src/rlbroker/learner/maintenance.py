@@ -85,11 +85,14 @@ class Maintenance:
             self._settle_as_they_arrive()
         except RunLost as error:
             logger.warning("%s", str(error))
+            if self._restoration.stale:  # it could not be restored
+                self.thread.pause(BLOCK_SECONDS)
             self._restoration.mark_stale()
         except Fenced:
             # If a newer learner of this name has taken over, the heartbeat raises `Fenced` again. If a newer one only
             # publishes instead, the heartbeat notes that, and this learner continues to collect.
             self.send_heartbeat()
+            self.thread.pause(BLOCK_SECONDS)
         if self._next_housekeeping.over:
             self.housekeep()
             self._next_housekeeping = Deadline(self._housekeeping_seconds)

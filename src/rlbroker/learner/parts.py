@@ -49,6 +49,7 @@ class LearnerParts:
         rate_limiter: the balance of collecting and sampling.
         collector: reads the workers' batches.
         recorder: writes the history.
+        settlements: wakes the calls that wait for answers of workers.
     """
 
     roster: Roster
@@ -62,6 +63,7 @@ class LearnerParts:
     rate_limiter: RateLimiter
     collector: Collector
     recorder: Recorder
+    settlements: Settlements
 
     @classmethod
     def open(
@@ -149,6 +151,7 @@ class LearnerParts:
             rate_limiter,
             collector,
             recorder,
+            settlements,
         )
         parts._take_over(publishes=options.publishes)
         if options.publishes:

@@ -9,7 +9,6 @@ from typing import Any, Final
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.codec.message import encode
 from rlbroker.control.commands import Command
-from rlbroker.control.settlements import POLL_SECONDS
 from rlbroker.errors import ConnectionFailed
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.types import Outcome
@@ -32,6 +31,7 @@ class RunEnd:
         """Prepare the end of a run that is open; `check` raises if the learner was closed or replaced."""
         self._check = check
         self._roster, self._commands, self._collector = parts.roster, parts.commands, parts.collector
+        self._settlements = parts.settlements
         self.command: Command | None = None
 
     def send(self, data: Any = None) -> Command:
@@ -46,6 +46,16 @@ class RunEnd:
         self.command = self._commands.send("stop", data, None, expires_seconds=None)
         return self.command
 
+    def send_once(self) -> None:
+        """End the run, and send the `stop` unless it was sent before.
+
+        Raises:
+            Fenced: a newer learner leads the run.
+        """
+        self._roster.end_run()
+        if self.command is None:
+            self.command = self._commands.send("stop", None, None, expires_seconds=None)
+
     def outcomes(self) -> dict[int, Outcome]:
         """Return the present workers' answers to the `stop`; none if it was not sent."""
         return self._name_away(self.command.outcomes()) if self.command else {}
@@ -54,16 +64,25 @@ class RunEnd:
         """Return the workers' answers to the `stop` that was sent, after waiting for those that are not away.
 
         Meanwhile batches are read for the next `collect`, which makes room in the queues, unless the learner is
-        `closing`.
+        `closing`. A server that does not answer is waited for too.
+
+        Raises:
+            PeerError: the server refused, or did not answer until the deadline.
         """
         assert self.command is not None
-        while True:
+
+        def read() -> dict[int, Outcome]:
             if not closing:
                 self._check()
                 self._read_ahead(deadline)
-            outcomes = self._name_away(self.command.wait(min(POLL_SECONDS, deadline.remaining)))
-            if deadline.over or all(one.state != "waiting" or one is AWAY for one in outcomes.values()):
-                return outcomes
+            return self.outcomes()
+
+        while True:
+            try:
+                return self._settlements.wait(read, deadline)
+            except ConnectionFailed:
+                if deadline.over:
+                    raise
 
     def _name_away(self, outcomes: dict[int, Outcome]) -> dict[int, Outcome]:
         away = self._roster.away

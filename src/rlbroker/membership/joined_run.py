@@ -22,6 +22,7 @@ logger = logging.getLogger("rlbroker")
 META_FIELDS: Final = (
     "wire_format",
     "shards",
+    "epoch",
     "ended",
     *RunSize._fields,
     *(field.name for field in fields(RunSettings)),
@@ -33,6 +34,14 @@ SETTINGS_POLL_SECONDS: Final = 0.01
 #: How long after a heartbeat that brought the end of the run a worker stops, if it has not obeyed the `stop` by then:
 #: the command is on its way, and is obeyed in order, with the user's handlers.
 STOP_GRACE_SECONDS: Final = 1.0
+
+
+def end_epoch(ended: str) -> int | None:
+    """Return the epoch of the learner that ended the run, from the field `ended`; None without a valid one.
+
+    The end is void under the epoch of another learner.
+    """
+    return whole_number((*ended.split(" "), "")[1])
 
 
 class JoinedRun:
@@ -51,6 +60,7 @@ class JoinedRun:
         self._last_reply: Sequence[bytes | None] | None = None
         self._stop_due: Deadline | None = None  #: when the worker must stop, because the run has ended
         self._refused_end = ""  #: the end that was refused last
+        self._newest_epoch = 0  #: the newest epoch of a leading learner that was seen
         #: The number of workers and hosts, from the learner's latest count.
         self.size = RunSize()
 
@@ -101,13 +111,15 @@ class JoinedRun:
                 settings = RunSettings.from_fields(meta)
             self._keys.use_shards(meta.get("shards", " ".join(self._keys.shards)))
             self._settings = settings  # last: another thread waits for it
-        self._note_end(meta.get("ended"), joining=self._last_reply is None)
+        self._newest_epoch = max(self._newest_epoch, whole_number(meta.get("epoch", "")) or 0)
+        self._note_end(meta.get("ended", ""), joining=self._last_reply is None)
         self.size = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
         self._last_reply = reply
         return opened
 
-    def _note_end(self, ended: str | None, *, joining: bool) -> None:
-        if ended is None or not self._is_genuine(ended):
+    def _note_end(self, ended: str, *, joining: bool) -> None:
+        # A server that came back with older data may have the end, and the epoch, of an earlier learner.
+        if end_epoch(ended) != self._newest_epoch or not self._is_genuine(ended):
             if not self.ended:
                 self._stop_due = None
         elif self._stop_due is None:

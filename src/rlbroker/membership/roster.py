@@ -33,6 +33,7 @@ from rlbroker.membership.incarnations import (
     parse_worker_ids,
     read_incarnations,
 )
+from rlbroker.membership.joined_run import end_epoch
 from rlbroker.membership.lease import return_seconds
 from rlbroker.membership.worker_info import parse_worker_infos
 from rlbroker.types import WorkerInfo
@@ -123,6 +124,8 @@ class Roster:
             "shards": shards,
             **self._settings.to_fields(),
         }
+        if self._key:
+            self._meta["signed_with"] = self._key.id
         arguments = (wire_format, self._name, int(self._publishes), *flat(self._meta))
         try:
             epoch, existed, stored_shards = self._connection.run(OPEN, (self._keys.meta,), arguments)
@@ -158,8 +161,8 @@ class Roster:
             Fenced: a newer learner of this name has taken over.
             RunLost: the server has lost the run, or a part of it.
         """
-        clock, (*epochs, ended_by) = channel.execute_all(
-            [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch", "ended_by")],
+        clock, (*epochs, ended, ended_by) = channel.execute_all(
+            [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch", "ended", "ended_by")],
             strict=True,
         )
         incarnations = read_incarnations(channel, self._keys)
@@ -179,7 +182,7 @@ class Roster:
         if self._publishes:
             self._leading_epoch = leading
         self.leads = leading == self.epoch
-        self._note_end(ended_by)
+        self._note_end(ended, ended_by)
         self._incarnations = incarnations
         now = server_seconds(clock)
         self._alive = self._alive_at(now, incarnations)
@@ -194,8 +197,9 @@ class Roster:
             fields |= {"members": str(len(self._alive)), "hosts": str(self._hosts)}
         channel.run(ALIVE, (self._keys.meta,), flat(fields))
 
-    def _note_end(self, ended_by: bytes | None) -> None:
-        by_command = self.leads and ended_by == b"command"
+    def _note_end(self, ended: bytes | None, ended_by: bytes | None) -> None:
+        is_ended = end_epoch((ended or b"").decode("ascii", "replace")) == self.epoch
+        by_command = self.leads and is_ended and ended_by == b"command"
         if by_command and not self.ended_by_command:
             logger.warning(
                 "the run %r was ended by a command, so its workers stop, also those that join later; start the "
@@ -218,7 +222,7 @@ class Roster:
     def restore(self) -> None:
         """Write back the workers and the fields of `meta` that the server may have lost.
 
-        A learner that no longer leads writes back the epoch of the newer learner, and does not lead again.
+        A learner that no longer leads writes back the epoch of the newer learner, neither leads again nor ends the run.
 
         Raises:
             Fenced: a newer learner of this name has taken over.
@@ -232,7 +236,7 @@ class Roster:
         keys = (self._keys.meta, self._keys.workers, *map(self._keys.life, incarnations))
         now, *lost = self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._meta)))
         self._written_back |= dict.fromkeys(map(int, lost), int(now))
-        if self._ended:
+        if self._ended and self.leads:
             self.end_run()
 
     @property

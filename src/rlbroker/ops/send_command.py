@@ -45,13 +45,15 @@ def send_command(
         key: the key that signs it; workers with a key apply only signed commands.
 
     Raises:
-        InvalidArgument: the name or the expiry is not valid, or there is no learner.
+        InvalidArgument: the name or the expiry is not valid, there is no learner, or the run is signed with another
+            key than the `stop` that is to end it.
         UnknownWorker: one of the ids is not a member of the run.
     """
     for tried in range(_TRIES):
         clock, fields = connection.execute_all([("TIME",), ("HGETALL", keys.meta)])
+        meta, ends = text_fields(fields), ends_run(name, worker_ids, expires_seconds)
         with parsing(keys.meta):
-            learner = parse_learner(text_fields(fields), server_seconds(clock))
+            learner = parse_learner(meta, server_seconds(clock))
         if learner.epoch == 0:
             raise InvalidArgument(
                 f"no learner has opened the run {keys.run!r} yet; start its learner before you send commands"
@@ -62,9 +64,15 @@ def send_command(
                 f"the learner of {keys.run!r} {why}, so no process records the workers' answers; --force sends "
                 "the command, and live workers apply it"
             )
+        signed_with = meta.get("signed_with")
+        if ends and signed_with and (key is None or key.id != signed_with):
+            raise InvalidArgument(
+                f"the run {keys.run!r} is signed, so only a stop with its key (id {signed_with:.8}) ends it; set "
+                "RLBROKER_SIGNING_KEY_FILE to the file of that key"
+            )
         sender = CommandSender(connection, keys, epoch=learner.epoch, key=key)
         try:
-            if ends_run(name, worker_ids, expires_seconds):
+            if ends:
                 end_run(connection, keys, learner.epoch, key, by="command")
             return sender.send(name, data, worker_ids, expires_seconds=expires_seconds)
         except Fenced:  # another learner has opened the run meanwhile

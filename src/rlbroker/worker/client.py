@@ -539,7 +539,7 @@ class WorkerClient:
         if self.running:
             go_on = partial(self._go_on, deadline)
             self._weights.wait(target, deadline, go_on, newer_than=newer_than, latest=latest, sought=sought)
-        if not target.version and self.running:
+        if not target.version and self._may_wait:
             raise DeadlineExceeded(
                 f"no {sought} came within {deadline.seconds:g} s: {self._subscriber.reason}"
             )
@@ -561,7 +561,12 @@ class WorkerClient:
         self._obey_commands(deadline)
         if self.running:
             self._check()
-        return self.running
+        return self._may_wait
+
+    @property
+    def _may_wait(self) -> bool:
+        """Whether a call may wait: the worker runs, and if a handler calls, no `stop` waits for that handler."""
+        return self.running and not (self._inbox.contains("stop") and self._commands.is_calling)
 
     def _sought(self, newer_than: int | None) -> str:
         """Return in words which weights a call waits for."""

@@ -26,5 +26,5 @@ local time = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'seen', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
 redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 6))
 redis.call('PEXPIRE', KEYS[3], ARGV[4])
-return redis.call('HMGET', KEYS[4], 'wire_format', 'shards', 'ended', 'members', 'hosts',
+return redis.call('HMGET', KEYS[4], 'wire_format', 'shards', 'epoch', 'ended', 'members', 'hosts',
   'max_queue_size', 'max_queue_bytes', 'when_full', 'lease_seconds', 'forget_seconds')

@@ -17,8 +17,9 @@ redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch,
   'back_at', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
 if ARGV[3] == '1' then
   redis.call('HSET', KEYS[1], 'epoch', epoch)
-  redis.call('HDEL', KEYS[1], 'ended', 'ended_by')
+  redis.call('HDEL', KEYS[1], 'ended', 'ended_by', 'signed_with')  -- the fields have that of a learner with a key
 end
+if not written then redis.call('HDEL', KEYS[1], 'ended') end  -- `rlbroker prune` left it
 -- A run that exists keeps its shards: batches may be waiting there.
 local shards = redis.call('HGET', KEYS[1], 'shards')
 if ARGV[3] == '1' or not written then

@@ -10,6 +10,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import parsing, server_seconds, stored_integer, stored_seconds, text_fields
 from rlbroker.config import RunSettings
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
+from rlbroker.membership.joined_run import end_epoch
 from rlbroker.types import Liveness
 
 LearnerState = Liveness | Literal["ended", "none"]
@@ -98,10 +99,11 @@ def parse_learner(meta: dict[str, str], now: float) -> LearnerStatus:
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
     silent_seconds = max(0.0, now - stored_seconds(meta["learner_seen"])) if "learner_seen" in meta else None
     fresh = silent_seconds is not None and silent_seconds < lease_seconds
+    run_ended = end_epoch(meta.get("ended", "")) == stored_integer(meta.get("epoch"), 0)
     state: LearnerState = "alive" if fresh else "away"
     if not meta:
         state = "none"
-    elif "ended" in meta and not (fresh and meta.get("ended_by") == "command"):
+    elif run_ended and not (fresh and meta.get("ended_by") == "command"):
         state = "ended"
     return LearnerStatus(
         epoch=stored_integer(meta.get("epoch"), 0),
@@ -110,7 +112,7 @@ def parse_learner(meta: dict[str, str], now: float) -> LearnerStatus:
         pid=stored_integer(meta.get("learner_pid"), 0),
         last_seen_seconds=silent_seconds,
         others=sum(silence < lease_seconds for silence in other_learners_silent_seconds(meta, now)),
-        run_ended="ended" in meta,
+        run_ended=run_ended,
     )
 
 

@@ -7,5 +7,5 @@
 
 if fingerprint() ~= ARGV[2] then return 0 end
 for _, key in ipairs(KEYS) do redis.call('UNLINK', key) end
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'ended', '0', ARGV[3], '1') end
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'ended', '0 0', ARGV[3], '1') end
 return 1
