@@ -631,6 +631,40 @@ def test_an_outage_during_a_round_loses_nothing(learner: Learner, worker: Worker
         assert (counts(comm, one).delivered, counts(comm, one).lost) == (1, lost[one])
 
 
+@pytest.mark.on_every_engine
+def test_an_outage_longer_than_the_lease_takes_no_worker_out_of_a_round(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    away = False
+    line = Lossy(server.another_client(), lambda: away)
+    comm = learner(redis_url=None, redis_client=line.client, timeout=1.0, lease_seconds=2.0)
+    first, second = worker(), worker()
+    publish(comm, first, second)
+    send(first, 1)
+    with pytest.raises(RoundIncomplete):
+        comm.collect_round(timeout=0.2)
+    wait_until_alive(comm, 0, 1)
+    away = True
+    silence(second)
+
+    def seconds_since(key: str, field: str, unit: float) -> float:
+        seconds, microseconds = server.client.time()
+        return float(seconds + microseconds / 1e6 - float(server.client.hget(key, field)) / unit)
+
+    wait_until("its lease is over", lambda: seconds_since(keys.life(1), "seen", 1000) > 2.5)
+    away = False
+
+    def come_back() -> None:
+        wait_until("the learner is back", lambda: seconds_since(keys.meta, "learner_seen", 1) < 1)
+        time.sleep(0.7)  # the learner looks who is alive a few times
+        assert [info.state for info in comm.workers()] == ["alive", "alive"]
+        second._heartbeat._beat()
+        send(second, 2)
+
+    with meanwhile(come_back):
+        assert numbers(comm.collect_round(timeout=20.0)) == [(0, 1), (1, 2)]
+
+
 @pytest.mark.parametrize("lost", range(1, 12))
 def test_counts_of_rounds_are_exact_whichever_reply_is_lost(
     learner: Learner, worker: Worker, server: Server, lost: int
