@@ -439,8 +439,9 @@ class Collector:
         if not older:
             return
         counted = int(self._metrics.total("collected")) - handover.total
-        removed = sum([entry in older for entry, _ in handover.found[:counted]])
-        rest = [one for one in handover.found if one[0] not in older]
+        removing = set(older)  # entries compare by identity
+        removed = sum([entry in removing for entry, _ in handover.found[:counted]])
+        rest = [one for one in handover.found if one[0] not in removing]
         for entry in older:
             entry.collected, entry.outcome = False, "stale"
         # From here on they are pending and nothing else; after an interrupt they are queued again, as stale ones.
