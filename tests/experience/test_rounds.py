@@ -188,6 +188,29 @@ def test_a_version_in_the_background_is_the_latest(learner: Learner, worker: Wor
         assert numbers(comm.collect_round()) == [(0, 2)]
 
 
+def test_a_version_that_failed_in_the_background_has_no_round(
+    learner: Learner, worker: Worker, server: Server
+) -> None:
+    away = False
+    line = Lossy(server.another_client(), lambda: away)
+    comm, client = learner(redis_url=None, redis_client=line.client, timeout=0.5), worker()
+    publish(comm, client)
+    send(client, 1, 2, 3)
+    away = True
+    receipt = comm.send_model_weights(WEIGHTS, wait=False)
+    wait_until("it has failed", lambda: receipt.done)
+    away = False
+    for _ in range(2):
+        with pytest.raises(ConnectionFailed):
+            comm.collect_round(timeout=5.0)
+    assert numbers(comm.collect_round(version=1, timeout=5.0)) == [(0, 1)]
+    away = True
+    with pytest.raises(ConnectionFailed):
+        comm.send_model_weights(WEIGHTS)
+    away = False
+    assert numbers(comm.collect_round(timeout=5.0)) == [(0, 2)]  # the caller has the error
+
+
 def test_a_round_takes_its_version_whatever_max_staleness_is(learner: Learner, worker: Worker) -> None:
     comm, client = learner(max_staleness=0), worker()
     publish(comm, client)
