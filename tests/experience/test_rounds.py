@@ -523,6 +523,33 @@ def test_what_a_worker_sent_before_it_left_belongs_to_the_round(learner: Learner
         assert numbers(comm.collect_round(timeout=20.0)) == [(0, 1), (1, 2)]
 
 
+def test_a_worker_that_left_between_two_rounds_is_not_missing(learner: Learner, worker: Worker) -> None:
+    comm, first, second = learner(), worker(), worker()
+    publish(comm, first, second)
+    for client in (first, second):
+        send(client, 1)
+    assert numbers(comm.collect_round(timeout=10.0)) == [(0, 1), (1, 1)]
+    second.close()
+    wait_until_alive(comm, 0)
+    wait_until(
+        "another call has searched for streams",
+        lambda: (comm._collector._discovery.is_due, comm.collect_experiences())[0],
+    )
+    send(first, 2)
+    assert numbers(comm.collect_round(timeout=0)) == [(0, 2)]
+
+
+def test_batches_of_a_worker_that_left_before_a_round_stay(learner: Learner, worker: Worker) -> None:
+    comm, first, second = learner(), worker(), worker()
+    publish(comm, first, second)
+    send(first, 1, 2)
+    send(second, 1)
+    second.close()
+    wait_until_alive(comm, 0)
+    assert numbers(comm.collect_round(timeout=10.0)) == [(0, 1)]
+    assert numbers(comm.collect_round(workers=(0, 1), timeout=10.0)) == [(0, 2), (1, 1)]
+
+
 def test_what_was_gathered_from_a_worker_that_left_since_comes_with_the_next_round(
     learner: Learner, worker: Worker
 ) -> None:

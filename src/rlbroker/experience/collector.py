@@ -482,8 +482,8 @@ class Collector:
         if not self._discovery.is_due:
             return
         try:
-            if members:
-                self._joined = self._roster.read_alive()
+            # A call that does not need them forgets the members: those of the last round may have left since.
+            self._joined = self._roster.read_alive() if members else frozenset()
             self._discovery.find()
         except ConnectionFailed as error:
             if deadline.over:
