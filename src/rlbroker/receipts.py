@@ -109,7 +109,11 @@ class PublishReceipt:
         """Wait until every worker has applied or missed the version, and return the outcomes, by worker id.
 
         A worker loads weights when it polls; while it waits for room in its queue, it does not. With small queues,
-        collect in between. ::
+        collect in between.
+
+        An outcome belongs to the worker id, whichever of its processes brought it about. A process that replaces one
+        that applied or missed the version is not waited for: the outcome stays as it is, `missed` with `left` or
+        `away` too, and becomes `applied` once the new process loads the version. ::
 
             late = {id: outcome for id, outcome in receipt.wait_applied(timeout=5.0).items() if not outcome}
 

@@ -21,7 +21,7 @@ State = Literal["waiting", "done", "applied", "failed", "unknown", "expired", "m
 #: Why a worker did not run a version.
 Why = Literal["superseded", "failed", "away", "left"]
 
-#: A worker's state in the roster: `alive`, or `away` when its last heartbeat is older than its lease.
+#: A worker's state in the roster: `alive`, or `away` when it was silent for its lease.
 Liveness = Literal["alive", "away"]
 
 
@@ -132,7 +132,8 @@ class WorkerInfo:
     Attributes:
         worker_id: the worker.
         incarnation: its incarnation. The counts and durations below are of this incarnation.
-        state: `alive`, or `away` when its last heartbeat is older than its lease.
+        state: `alive`, or `away` when it was silent for its lease. Silence counts only while the learner could reach
+            the server.
         host: name of the host that it runs on.
         pid: its process id there.
         version: the version of the weights that it runs; 0 before the first.

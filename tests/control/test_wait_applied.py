@@ -150,6 +150,22 @@ def test_a_worker_that_starts_again_and_loads_the_version_has_applied_it(
     wait_until("it is applied", lambda: receipt.wait_applied(timeout=0)[0])
 
 
+def test_a_process_that_replaces_one_with_an_outcome_is_not_waited_for(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client, leaves = learner(), worker(0), worker(1)
+    receipt = comm.send_model_weights({"number": 1})
+    client.load_weights({})
+    leaves.close()
+    before = {0: "applied", 1: "missed: left"}
+    wait_until("both have an outcome", lambda: states(receipt, timeout=0) == before)
+    again = [worker(0), worker(1)]
+    assert [client.version for client in again] == [0, 0]
+    assert states(receipt, timeout=20.0) == before
+    again[1].load_weights({})
+    wait_until("it is applied", lambda: all(receipt.wait_applied(timeout=0).values()))
+
+
 def test_only_the_wanted_workers_are_waited_for(learner: Learner, worker: Worker) -> None:
     comm, clients = learner(), [worker() for _ in range(3)]
     receipt = comm.send_model_weights({"number": 1})

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -377,3 +378,36 @@ def test_a_deleted_group_is_created_again(
     server.client.xgroup_destroy(keys.experiences(0), GROUP)
     client.send_experiences({"number": 1})
     assert len(comm.collect_experiences(timeout=5.0)) == 1
+
+
+def test_a_batch_that_an_interrupt_kept_back_comes_after_another_threads_call(
+    learner: Callable[..., WorkerCommunicator],
+    worker: Callable[..., WorkerClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    comm, client = learner(), worker()
+    for number in range(4):
+        client.send_experiences({"number": number})
+    calls, others = comm._collector._calls, list[Any]()
+    run_within = calls.run_within
+
+    def interrupted(*arguments: Any) -> Any:
+        run_within(*arguments)
+        monkeypatch.undo()  # another thread collects between the end of the call's work and its return
+        thread = threading.Thread(target=lambda: others.extend(comm.collect_experiences(5.0, 1)))
+        thread.start()
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calls, "run_within", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        comm.collect_experiences(5.0, 2)
+    found = [*others, *comm.collect_experiences(5.0, 1), *comm.collect_experiences(5.0)]
+    assert [batch["number"] for _, batch in found] == [2, 0, 1, 3]
+
+    def delivered() -> int:
+        assert comm.collect_experiences() == []
+        counts: QueueCounts = comm.get_queue_info()["counts"][0]
+        return counts.delivered
+
+    wait_until("all are acknowledged", lambda: delivered() == 4, 5.0)

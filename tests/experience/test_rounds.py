@@ -188,6 +188,29 @@ def test_a_version_in_the_background_is_the_latest(learner: Learner, worker: Wor
         assert numbers(comm.collect_round()) == [(0, 2)]
 
 
+def test_a_version_that_failed_in_the_background_has_no_round(
+    learner: Learner, worker: Worker, server: Server
+) -> None:
+    away = False
+    line = Lossy(server.another_client(), lambda: away)
+    comm, client = learner(redis_url=None, redis_client=line.client, timeout=0.5), worker()
+    publish(comm, client)
+    send(client, 1, 2, 3)
+    away = True
+    receipt = comm.send_model_weights(WEIGHTS, wait=False)
+    wait_until("it has failed", lambda: receipt.done)
+    away = False
+    for _ in range(2):
+        with pytest.raises(ConnectionFailed):
+            comm.collect_round(timeout=5.0)
+    assert numbers(comm.collect_round(version=1, timeout=5.0)) == [(0, 1)]
+    away = True
+    with pytest.raises(ConnectionFailed):
+        comm.send_model_weights(WEIGHTS)
+    away = False
+    assert numbers(comm.collect_round(timeout=5.0)) == [(0, 2)]  # the caller has the error
+
+
 def test_a_round_takes_its_version_whatever_max_staleness_is(learner: Learner, worker: Worker) -> None:
     comm, client = learner(max_staleness=0), worker()
     publish(comm, client)
@@ -500,6 +523,33 @@ def test_what_a_worker_sent_before_it_left_belongs_to_the_round(learner: Learner
         assert numbers(comm.collect_round(timeout=20.0)) == [(0, 1), (1, 2)]
 
 
+def test_a_worker_that_left_between_two_rounds_is_not_missing(learner: Learner, worker: Worker) -> None:
+    comm, first, second = learner(), worker(), worker()
+    publish(comm, first, second)
+    for client in (first, second):
+        send(client, 1)
+    assert numbers(comm.collect_round(timeout=10.0)) == [(0, 1), (1, 1)]
+    second.close()
+    wait_until_alive(comm, 0)
+    wait_until(
+        "another call has searched for streams",
+        lambda: (comm._collector._discovery.is_due, comm.collect_experiences())[0],
+    )
+    send(first, 2)
+    assert numbers(comm.collect_round(timeout=0)) == [(0, 2)]
+
+
+def test_batches_of_a_worker_that_left_before_a_round_stay(learner: Learner, worker: Worker) -> None:
+    comm, first, second = learner(), worker(), worker()
+    publish(comm, first, second)
+    send(first, 1, 2)
+    send(second, 1)
+    second.close()
+    wait_until_alive(comm, 0)
+    assert numbers(comm.collect_round(timeout=10.0)) == [(0, 1)]
+    assert numbers(comm.collect_round(workers=(0, 1), timeout=10.0)) == [(0, 2), (1, 1)]
+
+
 def test_what_was_gathered_from_a_worker_that_left_since_comes_with_the_next_round(
     learner: Learner, worker: Worker
 ) -> None:
@@ -639,6 +689,40 @@ def test_an_outage_during_a_round_loses_nothing(learner: Learner, worker: Worker
     lost: dict[int, dict[str, int]] = {0: {"stale": 1}, 1: {}}
     for one in lost:
         assert (counts(comm, one).delivered, counts(comm, one).lost) == (1, lost[one])
+
+
+@pytest.mark.on_every_engine
+def test_an_outage_longer_than_the_lease_takes_no_worker_out_of_a_round(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    away = False
+    line = Lossy(server.another_client(), lambda: away)
+    comm = learner(redis_url=None, redis_client=line.client, timeout=1.0, lease_seconds=2.0)
+    first, second = worker(), worker()
+    publish(comm, first, second)
+    send(first, 1)
+    with pytest.raises(RoundIncomplete):
+        comm.collect_round(timeout=0.2)
+    wait_until_alive(comm, 0, 1)
+    away = True
+    silence(second)
+
+    def seconds_since(key: str, field: str, unit: float) -> float:
+        seconds, microseconds = server.client.time()
+        return float(seconds + microseconds / 1e6 - float(server.client.hget(key, field)) / unit)
+
+    wait_until("its lease is over", lambda: seconds_since(keys.life(1), "seen", 1000) > 2.5)
+    away = False
+
+    def come_back() -> None:
+        wait_until("the learner is back", lambda: seconds_since(keys.meta, "learner_seen", 1) < 1)
+        time.sleep(0.7)  # the learner looks who is alive a few times
+        assert [info.state for info in comm.workers()] == ["alive", "alive"]
+        second._heartbeat._beat()
+        send(second, 2)
+
+    with meanwhile(come_back):
+        assert numbers(comm.collect_round(timeout=20.0)) == [(0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("lost", range(1, 12))

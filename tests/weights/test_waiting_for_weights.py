@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import wait_until
+from interrupts import interrupt_at
 
 from rlbroker import (
     Closed,
@@ -313,6 +315,25 @@ def test_taking_obeys_commands_as_polling_does(learner: Learner, worker: Worker)
     wait_until("both have arrived again", lambda: client._inbox.waiting and client._subscriber.ready)
     assert client.take_weights() is None
     assert not client.running
+
+
+def test_a_tree_that_an_interrupt_kept_back_is_dropped_once_a_newer_one_was_loaded(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    kept_back = 0
+    for point in itertools.count(1):
+        version = comm.send_model_weights({"number": 1}).version
+        wait_until("it has arrived", lambda: client._subscriber.ready)
+        with interrupt_at(point, "function") as interrupt:
+            client.take_weights()
+        if not interrupt.place:
+            break
+        kept_back += client.version == version
+        newer = comm.send_model_weights({"number": 2}).version
+        assert client.load_weights({}, timeout=10.0) == newer
+        assert client.take_weights() is None, interrupt.place
+    assert kept_back
 
 
 def test_two_threads_never_take_the_same_tree(learner: Learner, worker: Worker) -> None:

@@ -128,6 +128,8 @@ class Collector:
         )
         self._calls = CallLock()
         self._handover = Handover([])
+        #: What interrupted calls have chosen and did not return, until it is taken back.
+        self._unreturned = deque[list[tuple[Entry, Batch]]]()
         self._began = False  #: whether there was a call
         self._unfinished = False  #: whether the last call ended with an error or an interrupt
         #: Entries that the present round has found too old; they are acknowledged with its next read, or at its end.
@@ -169,22 +171,38 @@ class Collector:
             gather: chooses among the batches that were found.
             while_busy: called instead if another thread was collecting all this time.
         """
-        before: list[tuple[Handover, int]] = []
+        chosen: list[list[tuple[Entry, Batch]]] = []
         try:
-            pairs = self._calls.run_within(deadline.remaining, self._choose, deadline, gather, before)
+            pairs = self._calls.run_within(deadline.remaining, self._choose, deadline, gather, chosen)
             return while_busy() if pairs is None else pairs
         except BaseException:
-            for one in before:
-                self._handover, self._rate_limiter.inserts = one
+            self._unreturned += chosen
+            self._calls.run_within(0, self._take_back)  # while another thread collects, the next call does it
             raise
+
+    def _take_back(self) -> None:
+        """Put what interrupted calls have chosen, and not returned, in front of what was found. May be repeated."""
+        while self._unreturned:
+            handover = self._handover
+            found = {entry for entry, _ in handover.found}
+            back = [one for one in self._unreturned[0] if one[0] not in found]
+            entries = {entry for entry, _ in back}
+            if back:
+                after = Handover(
+                    [*back, *handover.found],
+                    [entry for entry in handover.returned if entry not in entries],
+                    handover.total - len(back),
+                )
+                self._handover, self._rate_limiter.inserts = after, self._rate_limiter.inserts - len(back)
+            self._unreturned.popleft()
 
     def _choose(
         self,
         deadline: Deadline,
         gather: Callable[[], list[tuple[Entry, Batch]]],
-        before: list[tuple[Handover, int]],
+        unreturned: list[list[tuple[Entry, Batch]]],
     ) -> list[tuple[int, Batch]]:
-        """Return batches; note in `before` what to restore if they do not reach the caller."""
+        """Return batches; note in `unreturned` what to take back if they do not reach the caller."""
         if deadline.seconds:
             with within(Deadline(deadline.seconds + ANSWER_SECONDS)):
                 found = gather()
@@ -197,7 +215,7 @@ class Collector:
         chosen = {entry for entry, _ in found}
         rest = [one for one in handover.found if one[0] not in chosen]
         after = Handover(rest, returned, handover.total + len(found))
-        before.append((handover, inserts))
+        unreturned.append(list(found))
         # From here on the batches are the caller's. Only an interrupt may still prevent that.
         self._handover, self._rate_limiter.inserts = after, inserts + len(pairs)
         return pairs
@@ -280,6 +298,7 @@ class Collector:
 
     def _recover(self) -> None:
         """Continue after a call that did not end: it may have noted entries in part, and lost replies on their way."""
+        self._take_back()
         if self._unfinished:
             for entry, _ in self._handover.found:
                 entry.collected = True
@@ -440,8 +459,9 @@ class Collector:
         if not older:
             return
         counted = int(self._metrics.total("collected")) - handover.total
-        removed = sum([entry in older for entry, _ in handover.found[:counted]])
-        rest = [one for one in handover.found if one[0] not in older]
+        removing = set(older)  # entries compare by identity
+        removed = sum([entry in removing for entry, _ in handover.found[:counted]])
+        rest = [one for one in handover.found if one[0] not in removing]
         for entry in older:
             entry.collected, entry.outcome = False, "stale"
         # From here on they are pending and nothing else; after an interrupt they are queued again, as stale ones.
@@ -486,8 +506,8 @@ class Collector:
         if not self._discovery.is_due:
             return
         try:
-            if members:
-                self._joined = self._roster.read_alive()
+            # A call that does not need them forgets the members: those of the last round may have left since.
+            self._joined = self._roster.read_alive() if members else frozenset()
             self._discovery.find()
         except ConnectionFailed as error:
             if deadline.over:

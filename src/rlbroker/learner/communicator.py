@@ -379,7 +379,8 @@ class WorkerCommunicator:
             InvalidArgument: an argument cannot work, the version is not published, or this learner has
                 `samples_per_insert`, which cannot limit whole rounds.
             Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
+            PeerError: the server refused, or could not be reached in time. Or the last `send_model_weights(wait=False)`
+                has failed: until the next one succeeds, name the `version` for a round of an older one.
         """
         self._check()
         seconds = self._connection.timeout_seconds if timeout is None else timeout
@@ -394,6 +395,7 @@ class WorkerCommunicator:
                 raise InvalidArgument("this learner does not publish; name the version of the round")
             if not self._publisher.finish(deadline.remaining):
                 raise RoundIncomplete(f"the weights are still being published after {deadline.seconds:g} s")
+            self._publisher.check()
         latest = self.version if self._publishes else None
         asked = Round.parse(
             self.version if version is None else version, per_worker, workers, latest=latest, partial=partial

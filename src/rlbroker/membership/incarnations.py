@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import whole_number
+from rlbroker.backend.replies import number_in, whole_number
 from rlbroker.config import MAX_WORKER_ID
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, raise_again
 
@@ -43,9 +43,15 @@ class Incarnation(NamedTuple):
             return None
         return cls(number, member == "1", whole_number(seen) or 0, whole_number(claimed) or 0)
 
-    def silent_seconds(self, now: float) -> float:
-        """Return the seconds since its last heartbeat; `now` is the server's clock in seconds."""
-        return max(0.0, now - self.seen_milliseconds / 1000)
+    def silent_seconds(self, now: float, back_milliseconds: int = 0) -> float:
+        """Return the seconds since its last heartbeat.
+
+        Args:
+            now: the server's clock in seconds.
+            back_milliseconds: when the learner last opened or restored the run. Silence before that does not count,
+                as in `silent_since.lua`: the server may have been unreachable.
+        """
+        return max(0.0, now - max(self.seen_milliseconds, back_milliseconds) / 1000)
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,12 @@ class Incarnations:
     Attributes:
         by_worker: incarnations by worker id.
         invalid_names: members of the set `workers` without a valid id or incarnation; a worker wrote them.
+        back_milliseconds: when the learner last opened or restored the run, by the server's clock.
     """
 
     by_worker: Mapping[int, Incarnation] = field(default_factory=dict)
     invalid_names: Sequence[bytes] = ()
+    back_milliseconds: int = 0
 
     @property
     def names_count(self) -> int:
@@ -69,6 +77,17 @@ class Incarnations:
     def members(self) -> dict[int, Incarnation]:
         """The current members of the run, with their incarnations."""
         return {worker: incarnation for worker, incarnation in self.by_worker.items() if incarnation.member}
+
+    def alive(self, now: float, lease_seconds: float) -> frozenset[int]:
+        """Return the members within their lease; `now` is the server's clock in seconds."""
+        back = self.back_milliseconds
+        return frozenset(
+            [
+                worker
+                for worker, incarnation in self.members.items()
+                if incarnation.silent_seconds(now, back) < lease_seconds
+            ]
+        )
 
 
 def incarnation_command(keys: Keys, worker: int) -> tuple[str, ...]:
@@ -100,11 +119,14 @@ def read_incarnations(connection: Connection | Channel, keys: Keys) -> Incarnati
     Raises:
         AccessDenied: a right is missing.
     """
-    (names,) = connection.execute_all([("SMEMBERS", keys.workers)], strict=True)
+    names, back = connection.execute_all(
+        [("SMEMBERS", keys.workers), ("HGET", keys.meta, "back_at")], strict=True
+    )
     ids = parse_worker_ids(names)
     commands = [incarnation_command(keys, worker) for worker in ids]
     found = parse_incarnations(ids, connection.execute_all(commands, strict=False))
-    return Incarnations(found, [name for name in names if parse_worker_id(name) not in found])
+    invalid_names = [name for name in names if parse_worker_id(name) not in found]
+    return Incarnations(found, invalid_names, number_in(back) or 0)
 
 
 def believed_claim(claimed_version: int, latest: int) -> int:

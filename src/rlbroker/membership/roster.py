@@ -185,7 +185,7 @@ class Roster:
         self._note_end(ended, ended_by)
         self._incarnations = incarnations
         now = server_seconds(clock)
-        self._alive = self._alive_at(now, incarnations)
+        self._alive = incarnations.alive(now, self._settings.lease_seconds)
         if self.leads:
             self._raise_version_floor(incarnations)
             self._remove_invalid(incarnations, channel)
@@ -257,15 +257,8 @@ class Roster:
     def read_alive(self) -> frozenset[int]:
         """Read which members are alive now. `alive` is cheaper, may be a second old, and outlasts a server's loss."""
         clock = self._connection.clock(self._keys.meta)
-        return self._alive_at(clock, read_incarnations(self._connection, self._keys))
-
-    def _alive_at(self, now: float, incarnations: Incarnations) -> frozenset[int]:
-        limit_milliseconds = (now - self._settings.lease_seconds) * 1000
-        return frozenset(
-            worker
-            for worker, incarnation in incarnations.members.items()
-            if incarnation.seen_milliseconds > limit_milliseconds
-        )
+        incarnations = read_incarnations(self._connection, self._keys)
+        return incarnations.alive(clock, self._settings.lease_seconds)
 
     def ids(self) -> list[int]:
         """Return every worker id that the run ever had, in order.
@@ -281,7 +274,8 @@ class Roster:
     def workers(self) -> list[WorkerInfo]:
         """Return the members of the run, by worker id."""
         clock, latest = self._connection.execute_all([("TIME",), ("HGET", self._keys.weights, "version")])
-        members = read_incarnations(self._connection, self._keys).members
+        incarnations = read_incarnations(self._connection, self._keys)
+        members = incarnations.members
         heartbeats = self._connection.execute_all(
             [("HGETALL", self._keys.heartbeat(worker)) for worker in members], strict=False
         )
@@ -291,6 +285,7 @@ class Roster:
             now=server_seconds(clock),
             latest_version=latest_version,
             members=members,
+            back_milliseconds=incarnations.back_milliseconds,
             heartbeats=[text_fields(default_if_wrong_type(heartbeat, {})) for heartbeat in heartbeats],
             lease_seconds=self._settings.lease_seconds,
         )

@@ -17,6 +17,7 @@ def parse_worker_infos(
     now: float,
     latest_version: int,
     members: Mapping[int, Incarnation],
+    back_milliseconds: int,
     heartbeats: Sequence[Mapping[str, str]],
     lease_seconds: float,
 ) -> list[WorkerInfo]:
@@ -25,23 +26,25 @@ def parse_worker_infos(
     Args:
         now: the server's clock, seconds since the epoch.
         members: the newest incarnation of each member.
+        back_milliseconds: as in `Incarnation.silent_seconds`.
         heartbeats: the fields of each member's last heartbeat, in the order of `members`.
         lease_seconds: a worker that was silent for longer is `away`.
     """
     found = []
     for (worker, incarnation), heartbeat in zip(members.items(), heartbeats, strict=True):
-        version, silent_seconds = _parse_number(heartbeat, "version"), incarnation.silent_seconds(now)
+        version = _parse_number(heartbeat, "version")
+        is_alive = incarnation.silent_seconds(now, back_milliseconds) < lease_seconds
         fenced_at = _parse_seconds(heartbeat, "fenced_at")
         found.append(
             WorkerInfo(
                 worker_id=worker,
                 incarnation=incarnation.number,
-                state="alive" if silent_seconds < lease_seconds else "away",
+                state="alive" if is_alive else "away",
                 host=heartbeat.get("host", ""),
                 pid=_parse_number(heartbeat, "pid"),
                 version=version,
                 staleness=max(0, latest_version - version),
-                last_seen_seconds=silent_seconds,
+                last_seen_seconds=incarnation.silent_seconds(now),
                 sent=_parse_number(heartbeat, "sent"),
                 problem=heartbeat.get("problem", ""),
                 unconfirmed=heartbeat.get("unconfirmed", ""),

@@ -231,6 +231,11 @@ class Publisher:
         """Wait until no publication is running in the background; return whether there is none."""
         return self._wait_for_last(timeout_seconds)
 
+    def check(self) -> None:
+        """Raise the error of the last publication if it failed in the background, where no caller got it."""
+        if self._last is not None and self._last.failed and self._last.on_failure is not None:
+            self._last.result()
+
     def close(self) -> None:
         """End the threads and release the image."""
         if self._last is not None:

@@ -547,12 +547,14 @@ class WorkerClient:
 
     def _take(self, deadline: Deadline, taken: list[LoadTarget]) -> tuple[int, dict[str, Any]] | None:
         """Return the newest weights; note in `taken` what the next call returns if they do not reach the caller."""
-        target = self._untaken or LoadTarget({})
+        target = self._untaken
+        if target:
+            self._weights.complete(target)
+        if target is None or target.version < self.version:  # a newer one was loaded since
+            target = LoadTarget({})
         taken.append(target)
         self._untaken = None
-        if target.version:
-            self._weights.complete(target)
-        elif self.running:
+        if not target.version and self.running:
             self._weights.wait(target, deadline, partial(self._go_on, deadline), sought=self._sought(None))
         return (target.version, target.model) if target.version else None
 

@@ -238,9 +238,10 @@ class SnapshotReader:
             settings = RunSettings.from_fields(meta)
             learner = parse_learner(meta, now) if meta else None
             expected_workers = stored_integer(meta.get("num_workers"), 0)
+            back_at = stored_integer(meta.get("back_at"), 0)
         keys.use_shards(meta.get("shards", ""))
         workers = self._read_workers(
-            parse_worker_ids(names_reply), now, manifest, settings.lease_seconds, pending_reply
+            parse_worker_ids(names_reply), now, manifest, settings.lease_seconds, back_at, pending_reply
         )
         return Snapshot(
             run=keys.run,
@@ -259,6 +260,7 @@ class SnapshotReader:
         now: float,
         manifest: Manifest | None,
         lease_seconds: float,
+        back_at: int,
         pending_reply: Any,
     ) -> dict[int, WorkerStatus]:
         keys, latest_version = self._keys, manifest.version if manifest else 0
@@ -297,6 +299,7 @@ class SnapshotReader:
                 members=members,
                 heartbeats=[heartbeats[worker] for worker in members],
                 lease_seconds=lease_seconds,
+                back_milliseconds=back_at,
             )
         }
         missed = _parse_missed(keys, ids, ledgers, manifest)
