@@ -78,7 +78,7 @@ class _AcceptingConnection:
 
     def execute_all(self, commands: Sequence[Sequence[Any]], *, strict: bool) -> list[Any]:
         if commands[0][0] == "SMEMBERS":
-            return [{str(worker).encode() for worker in range(self._workers)}]
+            return [{str(worker).encode() for worker in range(self._workers)}, None]
         return [[b"7", b"1", b"1000", None] for _ in commands]
 
     def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Any]) -> bytes:

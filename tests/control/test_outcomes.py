@@ -165,6 +165,8 @@ def test_each_version_has_exactly_one_outcome_for_a_member(history: list[tuple[s
     """Whatever happens, each settled version of a membership is either applied or missed, once."""
     outcomes, latest, incarnation = WorkerOutcomes(), 0, 0
     concerned: set[int] = set()
+    # The version at joining, whose failure counts until the worker has loaded anything; versions that no longer count.
+    opened, loaded = 0, set[int]()
     found: Counter[int] = Counter()
     for step, count in history:
         if step == "publish":
@@ -176,6 +178,7 @@ def test_each_version_has_exactly_one_outcome_for_a_member(history: list[tuple[s
         if step == "join":
             incarnation += 1
             event = make_event("joined", f"{incarnation}-0", version=latest)
+            opened = 0 if latest in concerned | loaded else latest
         elif not outcomes.member or not latest:
             continue
         elif step in ("leave", "gone"):
@@ -189,6 +192,10 @@ def test_each_version_has_exactly_one_outcome_for_a_member(history: list[tuple[s
             outcome = "applied" if step == "apply" else "failed"
             if outcome == "applied" and version > outcomes.settled:
                 found[version] += 1
+            if outcome == "failed" and version == opened == outcomes.settled:
+                concerned.add(version)
+            loaded |= {version, opened}
+            opened = 0
             event = make_event("version", f"{incarnation}-{next(numbers)}", version=version, outcome=outcome)
         settled = settle(outcomes, event, {})
         outcomes = settled.worker_outcomes

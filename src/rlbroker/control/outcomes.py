@@ -337,12 +337,17 @@ def _settle_membership(
     lost = [command for command, incarnation in pending.items() if incarnation < ended]
     missed += tuple(_missed_command(event, command, reason, "") for command in lost)
     joined = event.kind == "joined"
+    joined_version = outcomes.joined_version
+    if joined and (event.again or joined_version != version <= outcomes.settled):
+        joined_version = 0  # it has an outcome, or was loaded, in an earlier incarnation
+    elif joined:
+        joined_version = version
     outcomes = replace(
         outcomes,
         incarnation=event.incarnation,
         member=joined,
         settled=max(outcomes.settled, version) if outcomes.member or joined else outcomes.settled,
-        joined_version=version if joined and not event.again else 0,
+        joined_version=joined_version,
         applied=0 if joined else outcomes.applied,
         commands_missed=outcomes.commands_missed + len(lost),
         skips_in_a_row=0,
