@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
 from collections.abc import Callable
 
 import pytest
+import redis
 from conftest import Server, wait_until
 
 from rlbroker import Fenced, WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
+from rlbroker.local import RedisServer
 from rlbroker.membership import lease
 from rlbroker.membership.heartbeat import BEAT
 from rlbroker.membership.joined_run import META_FIELDS
@@ -201,3 +206,26 @@ def test_a_heartbeat_returns_the_fields_that_a_worker_needs() -> None:
     """The script names the fields, and the worker parses its reply by the same names in the same order."""
     *_, returned = BEAT.text.partition("return redis.call('HMGET', KEYS[4],")
     assert re.findall(r"'(\w+)'", returned) == list(META_FIELDS)
+
+
+def test_silence_does_not_count_while_the_server_is_frozen(run: str) -> None:
+    """No connection breaks, and the learner's heartbeat may be answered before those of the workers."""
+    with (
+        RedisServer() as server,
+        WorkerCommunicator(1, redis_url=server.url, run=run, lease_seconds=3.0) as comm,
+        WorkerClient(server.url, run) as client,
+        redis.Redis.from_url(server.url) as redis_client,
+    ):
+        wait_until("its heartbeat is there", lambda: comm.workers()[0].state == "alive")
+        silence(client)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            time.sleep(3.5)  # longer than the lease, and than the learner's own heartbeats are apart
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        thawed = float(redis_client.time()[0])
+        seen = Keys(run).meta, "learner_seen"
+        wait_until("the learner is back", lambda: float(redis_client.hget(*seen)) >= thawed)
+        assert comm.workers()[0].state == "alive"
+        wait_until("its lease is over", lambda: comm.workers()[0].state == "away")

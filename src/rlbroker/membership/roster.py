@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Literal
+from dataclasses import replace
+from typing import Final, Literal
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -49,6 +50,9 @@ END_RUN = Script.load("membership/lua/end_run.lua")
 FORGET = Script.load("membership/lua/forget.lua")
 
 ALIVE = Script.load("membership/lua/alive.lua")
+
+#: A heartbeat of the learner that is later than this, and than a lease, counts as the end of an outage.
+LATE_SECONDS: Final = 2.0
 
 #: What ended a run.
 EndedBy = Literal["learner", "command"]
@@ -102,6 +106,7 @@ class Roster:
         #: Whether this learner is the newest of those that publish.
         self.leads = publishes
         self._ended = False  #: whether this learner has ended the run
+        self._seen = 0.0  #: the server's clock at the last heartbeat
         #: Whether a command of another process has ended the run that this learner leads, as of the last heartbeat.
         self.ended_by_command = False
 
@@ -183,13 +188,18 @@ class Roster:
             self._leading_epoch = leading
         self.leads = leading == self.epoch
         self._note_end(ended, ended_by)
-        self._incarnations = incarnations
         now = server_seconds(clock)
+        fields = {f"seen:{self._name}": f"{now:.3f}"}
+        if now - self._seen > max(
+            self._settings.lease_seconds, LATE_SECONDS
+        ):  # perhaps the server did not answer
+            incarnations = replace(incarnations, back_milliseconds=int(now * 1000))
+            fields["back_at"] = str(incarnations.back_milliseconds)
+        self._incarnations, self._seen = incarnations, now
         self._alive = incarnations.alive(now, self._settings.lease_seconds)
         if self.leads:
             self._raise_version_floor(incarnations)
             self._remove_invalid(incarnations, channel)
-        fields = {f"seen:{self._name}": f"{now:.3f}"}
         if self.leads:
             fields["learner_seen"] = f"{now:.3f}"
             if not self._hosts:
