@@ -26,7 +26,7 @@ def test_learner_and_workers_of_the_page_train_in_rounds(
 ) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     learner, worker = (block.replace('run="ppo"', f"run={run!r}") for block in blocks)
-    learner = learner.replace("range(100)", f"range({ITERATIONS})").replace("8", "2")
+    learner = learner.replace("range(100)", f"range({ITERATIONS})").replace("num_workers=8", "num_workers=2")
     rounds: list[list[tuple[int, float]]] = []
 
     class Policy(torch.nn.Linear):

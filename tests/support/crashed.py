@@ -6,6 +6,12 @@ from rlbroker import WorkerClient, WorkerCommunicator
 
 
 def end_at_once(client: WorkerCommunicator | WorkerClient) -> None:
-    """Close a client without asking the server, as the end of its process does."""
-    client._life._close_all()
-    client._life._finalizer.detach()
+    """Close a client without asking the server, and end its threads, as the end of its process does."""
+    life = client._life
+    threads = life._threads
+    for thread in threads:
+        thread.request_stop()
+    life._close_all()
+    for thread in threads:
+        assert thread.stop(10.0)
+    life._finalizer.detach()

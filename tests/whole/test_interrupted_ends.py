@@ -111,7 +111,9 @@ def test_a_worker_leaves_after_an_interrupted_close(
         if again:
             client.close()
             assert signal.getsignal(signal.SIGUSR2) is previous, interrupt.place
-            assert threads_of_clients() <= before, interrupt.place
+            wait_until(
+                f"its threads have ended: {interrupt.place}", lambda: threads_of_clients() <= before, 5.0
+            )
             with pytest.raises(Closed):
                 client.poll()
         del client
