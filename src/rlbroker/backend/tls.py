@@ -275,7 +275,7 @@ def _fingerprint(path: str) -> tuple[int, int, int] | None:
 
 
 def _load(files: Sequence[TlsFile], rule: str, load: Callable[..., object]) -> None:
-    """Have OpenSSL load files; raise InvalidArgument if it cannot, with the rule that the files must follow."""
+    """Load files with OpenSSL; raise InvalidArgument, with the rule that the files must follow, if that fails."""
     problem = ""
     try:
         for file in files:

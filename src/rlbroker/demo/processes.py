@@ -67,7 +67,7 @@ class DemoProcess:
         return lines
 
     def request_stop(self) -> None:
-        """Have the process ended by SIGINT, SIGTERM and SIGKILL, and not restarted; return at once."""
+        """Request the end of the process, by SIGINT, SIGTERM and SIGKILL, without a restart; return at once."""
         self._due, self._max_restarts = None, 0
         if self._process:
             self._process.request_stop()
